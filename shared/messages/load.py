@@ -68,6 +68,18 @@ class ServiceReport(Message, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
 
 
+class InstanceExited(Message, frozen=True, kw_only=True):
+    """An instance is gone for good; nobody need wait for its silence.
+
+    Publisher: the instance itself as it closes, or the supervisor that saw its process end.
+    Subscribers: those of the reports, on ``load.<role>.<instance>``. Delivery: core, a hint.
+    Idempotency key: ``instance``.
+    """
+
+    role: str
+    instance: str
+
+
 class Drain(Message, frozen=True, kw_only=True):
     """Take nothing new, finish or hand over what there is, then exit.
 

@@ -22,13 +22,14 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
     ``requests.<model>``. Delivery: request/reply; re-sent unchanged when no answer comes, when a
     new leader announces itself and when the request has been silent. Idempotency key:
     ``request.key``; a known attempt is answered, not started again. ``age_s``: seconds since the
-    gateway accepted it.
+    gateway accepted it. ``is_resend``: an earlier leader may have placed this attempt already.
     """
 
     model: str
     gateway: str
     request: Request
     age_s: float = 0.0
+    is_resend: bool = False
 
 
 class SubmitReply(Message, frozen=True, kw_only=True):

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 import msgspec
 
-from shared.core.request import Request, RequestKey
+from shared.core.request import FinishReason, Request, RequestKey, TokenLogprobs
 from shared.messages.base import Message
 
 
@@ -72,8 +72,8 @@ class AbortRequests(Message, frozen=True, kw_only=True):
     """Stop these attempts and free their blocks, whatever state they are in.
 
     Publisher: the leading scheduler. Subscriber: one worker, on ``<role>.<instance>.abort``.
-    Delivery: request/reply with ``Done``; unknown attempts are ignored. Idempotent. An attempt
-    aborted before its start arrives is remembered and not started.
+    Delivery: request/reply with ``Done``; unknown attempts are ignored. Idempotent. A worker takes
+    commands in the order of their arrival, so that an abort always finds what was sent before it.
     """
 
     leader_epoch: int
@@ -111,6 +111,23 @@ class WorkerSnapshot(Message, frozen=True, kw_only=True):
     role: str
     instance: str
     requests: tuple[HeldRequest, ...]
+
+
+class HandoffTrailer(Message, frozen=True, kw_only=True):
+    """The last piece of a KV transfer: what the prefill has generated, so that decode goes on.
+
+    Publisher: the prefilling worker. Subscriber: the receiving one. Delivery: not on the bus but
+    as the payload of the transfer's trailer piece, behind all KV. Idempotency key:
+    ``(request_id, attempt)``. ``output_token_ids`` are all output tokens so far; with a
+    ``finish_reason`` there is nothing left to decode.
+    """
+
+    request_id: str
+    attempt: int
+    output_token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
 
 
 class PrefillFinished(Message, frozen=True, kw_only=True):

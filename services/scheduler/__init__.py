@@ -1,0 +1,1 @@
+"""Queue, routing and placing of requests; one scheduler leads, others stand by."""

@@ -1,0 +1,216 @@
+"""Turns waiting requests into batches at workers: policy, routing, reservation, start."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.scheduler.cluster import Cluster
+from services.scheduler.commands import WorkerCommands
+from services.scheduler.routing import Pools, RoutingLimits, capacity_of, choose_decode, divide
+from services.scheduler.table import Entry, EntryStatus, RequestTable
+from shared.clock import Clock
+from shared.core.policies import Policy, QueuedRequest
+from shared.errors import BusError, NoResponder, ProtocolError, RemoteError
+from shared.messages.workers import StartItem
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DispatchHooks:
+    """What the dispatcher tells its owner.
+
+    ``on_placed(entry)``: both instances have the attempt. ``on_lost(entry, reason)``: it may or may
+    not have been started, so only the next attempt is safe. ``on_unreachable(instance)``: nobody
+    serves that instance's subjects any more.
+    """
+
+    on_placed: Callable[[Entry], None]
+    on_lost: Callable[[Entry, str], None]
+    on_unreachable: Callable[[str], None]
+
+
+class Dispatcher:
+    """Owns the waiting requests of the leader. Woken by events, never by polling."""
+
+    def __init__(
+        self,
+        *,
+        commands: WorkerCommands,
+        cluster: Cluster,
+        table: RequestTable,
+        policy: Policy,
+        limits: RoutingLimits,
+        clock: Clock,
+        hooks: DispatchHooks,
+        retry_s: float,
+    ) -> None:
+        self._commands = commands
+        self._cluster = cluster
+        self._table = table
+        self._policy = policy
+        self._limits = limits
+        self._clock = clock
+        self._hooks = hooks
+        self._retry_s = retry_s
+        self._wake = asyncio.Event()
+        self._placements: set[asyncio.Task[None]] = set()
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that orders the waiting requests."""
+        return self._policy
+
+    def wake(self) -> None:
+        """Something changed: look whether a batch can start."""
+        self._wake.set()
+
+    def enqueue(self, entry: Entry) -> None:
+        """An attempt waits from now on (or again, at its old place)."""
+        self._table.unassign(entry)
+        entry.status = EntryStatus.WAITING
+        now_s = self._clock.now_s()
+        self._policy.on_arrival(
+            QueuedRequest(request=entry.request, arrival_s=entry.arrival_s), now_s
+        )
+        self.wake()
+
+    async def run(self) -> None:
+        """Start batches whenever there is something to start. Runs until cancelled."""
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                self._dispatch()
+        finally:
+            for task in self._placements:
+                task.cancel()
+
+    def _dispatch(self) -> None:
+        if not self._policy.num_waiting:
+            return
+        pools = divide(
+            self._cluster.workers(
+                num_assigned=self._table.num_assigned(), num_batches=self._table.num_batches()
+            )
+        )
+        capacity = capacity_of(pools, self._limits)
+        for batch in self._policy.next_prefill_batches(self._clock.now_s(), capacity):
+            entries = [self._table.current(queued.key) for queued in batch.requests]
+            live = [entry for entry in entries if entry is not None]
+            self._choose(batch.instance, live, pools)
+
+    def _choose(self, prefill: str, entries: list[Entry], pools: Pools) -> None:
+        """Route a batch on what is known now, and place it in the background."""
+        placed = []
+        for entry in entries:
+            decode = prefill if not pools.is_disaggregated else self._route(entry, pools)
+            if decode is None:
+                self._retry_later(entry)
+                continue
+            entry.status = EntryStatus.PLACING
+            self._table.assign(entry, prefill=prefill, decode=decode)
+            self._cluster.on_assigned(decode, self._num_blocks(entry, pools))
+            placed.append(entry)
+        if placed:
+            batch_id = self._commands.next_batch_id()
+            self._table.enter_batch(batch_id, prefill, placed)
+            task = asyncio.create_task(self._place(batch_id, prefill, placed, pools))
+            self._placements.add(task)
+            task.add_done_callback(self._placements.discard)
+
+    def _route(self, entry: Entry, pools: Pools) -> str | None:
+        # Pools were drawn before this batch: count what it has itself taken from each worker.
+        fresh = divide(
+            self._cluster.workers(
+                num_assigned=self._table.num_assigned(), num_batches=self._table.num_batches()
+            )
+        )
+        worker = choose_decode(
+            fresh,
+            num_blocks=self._num_blocks(entry, pools),
+            kv_layout=pools.prefill[0].report.kv_layout,
+        )
+        return worker.instance if worker is not None else None
+
+    @staticmethod
+    def _num_blocks(entry: Entry, pools: Pools) -> int:
+        block_size = pools.decode[0].report.block_size
+        return -(-entry.request.num_tokens // block_size) + 1
+
+    def _retry_later(self, entry: Entry) -> None:
+        asyncio.get_running_loop().call_later(self._retry_s, self._requeue, entry)
+
+    def _requeue(self, entry: Entry) -> None:
+        """Back to the queue, if the attempt is still wanted."""
+        if self._table.current(entry.key) is entry and entry.status is not EntryStatus.LOST:
+            self._table.leave_batch(entry)
+            self.enqueue(entry)
+
+    async def _place(
+        self, batch_id: int, prefill: str, entries: list[Entry], pools: Pools
+    ) -> None:
+        items = await asyncio.gather(*(self._reserve(entry, prefill, pools) for entry in entries))
+        started = [item for item in items if item is not None]
+        keys = {item.request.key for item in started}
+        wanted = [e for e in entries if e.key in keys and self._table.current(e.key) is e]
+        wanted = [e for e in wanted if e.status is EntryStatus.PLACING]
+        batch = tuple(i for i in started if any(i.request.key == e.key for e in wanted))
+        if not batch:
+            self.wake()
+            return
+        try:
+            await self._commands.start(prefill, batch_id, batch)
+        except (NoResponder, RemoteError) as error:
+            log.warning("%s did not start batch %d: %s", prefill, batch_id, error)
+            self._give_back(wanted, f"{prefill} did not start it")
+            if isinstance(error, NoResponder):
+                self._hooks.on_unreachable(prefill)
+        except (BusError, ProtocolError) as error:
+            log.warning("batch %d may or may not run at %s: %s", batch_id, prefill, error)
+            for entry in wanted:
+                self._hooks.on_lost(entry, f"{prefill} did not answer")
+        else:
+            for entry in wanted:
+                if entry.status is EntryStatus.PLACING:
+                    entry.status = EntryStatus.PLACED
+                    self._hooks.on_placed(entry)
+
+    async def _reserve(self, entry: Entry, prefill: str, pools: Pools) -> StartItem | None:
+        """Reserve at the decode instance; ``None`` when the request goes back to the queue."""
+        decode = entry.decode
+        if decode == prefill:
+            return StartItem(gateway=entry.gateway, request=entry.request)
+        try:
+            target = await self._commands.reserve(
+                decode,
+                entry.request,
+                gateway=entry.gateway,
+                kv_layout=pools.prefill[0].report.kv_layout,
+            )
+        except RemoteError as error:
+            if error.code == "OutOfBlocks":
+                self._cluster.on_blocks_refused(decode)
+            else:
+                log.warning("%s refused a reservation: %s", decode, error)
+            self._leave(entry)
+            return None
+        except (BusError, ProtocolError) as error:
+            log.warning("no reservation at %s: %s", decode, error)
+            self._give_back([entry], f"{decode} did not answer")
+            if isinstance(error, NoResponder):
+                self._hooks.on_unreachable(decode)
+            return None
+        return StartItem(gateway=entry.gateway, request=entry.request, target=target)
+
+    def _leave(self, entry: Entry) -> None:
+        self._table.leave_batch(entry)
+        if entry.status is EntryStatus.PLACING:
+            self._retry_later(entry)
+
+    def _give_back(self, entries: list[Entry], reason: str) -> None:
+        """Nothing was started: free the reservations and let the requests wait again."""
+        for entry in entries:
+            self._commands.abort(set(entry.instances), [entry.key], reason=reason)
+            self._leave(entry)

@@ -1,0 +1,164 @@
+"""One request inside an engine: its tokens, its progress and its states.
+
+::
+
+    RESERVED ─start→ WAITING ─schedule→ RUNNING ─hold→ HELD
+                        ↑                 │  └─finish→ FINISHED
+                        └────preempt──────┘
+    WAITING, RUNNING ─fail→ FAILED
+    RESERVED, WAITING, RUNNING, HELD ─release→ RELEASED
+
+This is the engine's view of an attempt; the life of the request is its gateway's business
+(``shared/core/lifecycle.py``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from shared.core.prefix import extend_block_keys
+from shared.core.request import FinishReason, Request, RequestKey
+from shared.errors import LifecycleError
+
+
+class EngineState(StrEnum):
+    """Where an attempt is."""
+
+    RESERVED = "reserved"
+    """Owns blocks that somebody else fills."""
+    WAITING = "waiting"
+    RUNNING = "running"
+    HELD = "held"
+    """Has its first token and keeps its blocks until they are released."""
+    FINISHED = "finished"
+    FAILED = "failed"
+    RELEASED = "released"
+
+
+class EngineEvent(StrEnum):
+    """What can happen to it."""
+
+    START = "start"
+    SCHEDULE = "schedule"
+    PREEMPT = "preempt"
+    HOLD = "hold"
+    FINISH = "finish"
+    FAIL = "fail"
+    RELEASE = "release"
+
+
+_S, _E = EngineState, EngineEvent
+
+TRANSITIONS: dict[tuple[EngineState, EngineEvent], EngineState] = {
+    (_S.RESERVED, _E.START): _S.WAITING,
+    (_S.WAITING, _E.SCHEDULE): _S.RUNNING,
+    (_S.RUNNING, _E.PREEMPT): _S.WAITING,
+    # One that waits with its blocks filled can lose them.
+    (_S.WAITING, _E.PREEMPT): _S.WAITING,
+    (_S.RUNNING, _E.HOLD): _S.HELD,
+    (_S.RUNNING, _E.FINISH): _S.FINISHED,
+    **{(state, _E.FAIL): _S.FAILED for state in (_S.WAITING, _S.RUNNING)},
+    **{
+        (state, _E.RELEASE): _S.RELEASED for state in (_S.RESERVED, _S.WAITING, _S.RUNNING, _S.HELD)
+    },
+}
+
+
+def transition(state: EngineState, event: EngineEvent) -> EngineState:
+    """The state after ``event``; raises ``LifecycleError`` if it is not allowed."""
+    following = TRANSITIONS.get((state, event))
+    if following is None:
+        raise LifecycleError(f"{event} is not allowed in state {state}")
+    return following
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class EngineRequest:
+    """A started attempt. Owned and changed by the iteration scheduler and its planner alone.
+
+    ==================================== =====================================================
+    token positions (half-open)          meaning
+    ==================================== =====================================================
+    ``[0, num_computed_tokens)``         KV is in the request's blocks
+    ``[num_computed_tokens, num_tokens)``  to be computed; the last one's logits give the next
+    ==================================== =====================================================
+
+    ``token_ids`` is the prompt and all output. ``num_cached_tokens`` were not computed when the
+    request first ran. ``arrival`` numbers the requests of one engine. ``block_keys`` are those of
+    the full blocks so far, of which ``num_registered_blocks`` are in the prefix cache.
+    ``num_exported_blocks`` have been handed to the KV sink in every layer; ``is_exporting`` ends
+    with the chunk that completes the prefill.
+    """
+
+    request: Request
+    arrival: int
+    root: bytes
+    prefill_only: bool = False
+    is_exporting: bool = False
+    state: EngineState = EngineState.WAITING
+    token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_registered_blocks: int = 0
+    num_exported_blocks: int = 0
+    num_preemptions: int = 0
+    was_admitted: bool = False
+    block_keys: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Take the tokens over from the request."""
+        self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
+
+    @property
+    def key(self) -> RequestKey:
+        """Identity of the attempt; also the name under which it owns blocks."""
+        return self.request.key
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens so far, those of earlier attempts counted."""
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens without KV: 1 means that the next step decodes."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    def rewind(self, num_computed_tokens: int, block_size: int) -> None:
+        """Distrust the KV behind ``num_computed_tokens`` tokens, if there is any."""
+        self.num_computed_tokens = min(self.num_computed_tokens, num_computed_tokens)
+        self.num_registered_blocks = min(
+            self.num_registered_blocks, self.num_computed_tokens // block_size
+        )
+
+    def apply(self, event: EngineEvent) -> None:
+        """Change state; raises ``LifecycleError`` if ``event`` is not allowed."""
+        self.state = transition(self.state, event)
+
+    def full_block_keys(self, num_tokens: int, block_size: int) -> Sequence[bytes]:
+        """Keys of the full blocks within the first ``num_tokens`` tokens."""
+        extend_block_keys(self.block_keys, self.token_ids, block_size, self.root)
+        return self.block_keys[: num_tokens // block_size]
+
+    def append(
+        self, token_ids: Sequence[int], *, eos_token_ids: frozenset[int], max_model_len: int
+    ) -> tuple[int, FinishReason | None]:
+        """Append sampled tokens up to the one that ends the request.
+
+        Returns how many were taken and the reason if generation ends with the last of them.
+        """
+        sampling = self.request.sampling
+        for count, token in enumerate(token_ids, start=1):
+            self.token_ids.append(token)
+            if token in sampling.stop_token_ids or (
+                token in eos_token_ids and not sampling.ignore_eos
+            ):
+                return count, FinishReason.STOP
+            if self.num_output_tokens >= sampling.max_tokens or self.num_tokens >= max_model_len:
+                return count, FinishReason.LENGTH
+        return len(token_ids), None
