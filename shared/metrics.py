@@ -85,7 +85,7 @@ class Metrics:
         *,
         buckets: Sequence[float] = LATENCY_BUCKETS_S,
     ) -> Histogram:
-        """A distribution: ``banyan_<area>_<what>_<unit>`` with ``_bucket``, ``_sum``, ``_count``."""
+        """A distribution: ``banyan_<area>_<what>_<unit>_bucket``, ``…_sum`` and ``…_count``."""
         return Histogram(
             _name(area, what, unit), help_text, labels, buckets=buckets, registry=self.registry
         )

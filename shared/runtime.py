@@ -110,7 +110,8 @@ class Deadlines:
     def total_s(self, num_releases: int) -> float:
         """The longest that a shutdown can take while the event loop runs."""
         drain_s = self.stop_intake_s + self.drain_s + self.hand_over_s
-        return drain_s + self.release_s * (num_releases + 1) + 2 * _CANCEL_DEADLINE_S
+        release_s = self.release_s * (num_releases + 1)
+        return drain_s + release_s + _CANCEL_DEADLINE_S * (num_releases + 3)
 
 
 class Runtime:
@@ -176,8 +177,11 @@ class Runtime:
         """Crash: log ``error`` with its traceback and begin the shutdown without a drain."""
         self._from_anywhere(self._begin_failing, error, source)
 
-    async def run_until_stopped(self, service: Service) -> None:
-        """Start ``service`` and the health server; return when the process shall stop."""
+    async def start(self, service: Service) -> bool:
+        """Start the health server and ``service``; return whether it is ready.
+
+        If not, it failed (logged) or was told to stop; either way ``shut_down`` comes next.
+        """
         began_s = time.monotonic()
         self._measure_loop_lag(self._loop.time())
         try:
@@ -186,7 +190,7 @@ class Runtime:
         except Exception as error:
             self._begin_failing(error, "start")
         if self.is_stopping:
-            return
+            return False
         self.health.phase = Phase.READY
         _log.info(
             "ready",
@@ -196,6 +200,10 @@ class Runtime:
                 "health_port": self.health_port,
             },
         )
+        return True
+
+    async def wait_until_stopping(self) -> None:
+        """Return when the process shall stop, for whatever reason."""
         await self._stopping.wait()
 
     async def shut_down(self, service: Service) -> int:
@@ -351,7 +359,8 @@ async def _live(service: Service, settings: ServiceSettings) -> int:
     exit_timer = ExitTimer()
     _take_signals(runtime, exit_timer, is_supervised=settings.parent_pid is not None)
     threading.excepthook = lambda death: _thread_died(runtime, death)
-    await runtime.run_until_stopped(service)
+    if await runtime.start(service):
+        await runtime.wait_until_stopping()
     exit_timer.arm(runtime.shutdown_limit_s(), 1)
     exit_code = await runtime.shut_down(service)
     exit_timer.arm(_EXIT_DEADLINE_S, exit_code)
@@ -387,7 +396,7 @@ def _thread_died(runtime: Runtime, death: threading.ExceptHookArgs) -> None:
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """uvloop's loop where it is installed, else the standard one."""
+    """The maker of uvloop's loop where that is installed, else of the standard one."""
     try:
         import uvloop
     except ImportError:

@@ -20,16 +20,6 @@ from shared.errors import ConfigError
 THREAD_FROM_CHARS = 2048
 """Text from this length on is encoded in a thread: about a microsecond a character."""
 
-_NAMED_SPECIAL_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
-
 
 class Tokenizer:
     """``tokenizer.json`` and what ``tokenizer_config.json`` adds to it.
@@ -47,9 +37,8 @@ class Tokenizer:
         _mark_special(backend, self.special_tokens)
         _add_bos_eos(backend, config, self.special_tokens)
         self._backend = backend
-        self._special_ids = frozenset(
-            i for i, t in backend.get_added_tokens_decoder().items() if t.special
-        )
+        added_tokens = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, t in added_tokens.items() if t.special)
         decoder: dict[str, Any] = json.loads(backend.to_str()).get("decoder") or {}
         self._is_byte_level = decoder.get("type") == "ByteLevel"
         self._has_byte_fallback = "ByteFallback" in json.dumps(decoder)
@@ -58,7 +47,10 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self._longest_token_bytes = max(map(len, vocabulary), default=0)
-        self._has_normalizer = backend.normalizer is not None
+        # Where nothing is dropped before encoding, a text has at least length / longest tokens.
+        self._keeps_all_text = backend.normalizer is None and not any(
+            t.lstrip or t.rstrip for t in added_tokens.values()
+        )
         self._anchor = backend.encode("a", add_special_tokens=False).ids
 
     @classmethod
@@ -87,7 +79,7 @@ class Tokenizer:
 
     def min_tokens(self, text: str) -> int:
         """A lower bound of the tokens of ``text``, without encoding it; 0 where none is known."""
-        if not self._is_byte_level or self._has_normalizer or not self._longest_token_bytes:
+        if not self._is_byte_level or not self._keeps_all_text or not self._longest_token_bytes:
             return 0
         return len(text) // self._longest_token_bytes
 
@@ -172,9 +164,8 @@ def read_tokenizer_config(path: Path) -> dict[str, Any]:
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str | list[str]]:
     """The special tokens by their role, as chat templates know them."""
     tokens: dict[str, str | list[str]] = {}
-    for role in _NAMED_SPECIAL_TOKENS:
-        text = _token_text(config.get(role))
-        if text is not None:
+    for role, token in config.items():
+        if role.endswith("_token") and (text := _token_text(token)) is not None:
             tokens[role] = text
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(extra, dict):

@@ -214,7 +214,7 @@ class RequestTracker:
         self._resubmit(tracked)
 
     def _resubmit(self, tracked: Tracked, *, is_resend: bool = False) -> None:
-        if tracked.submission is not None and not tracked.submission.done():
+        if tracked.submission not in (None, asyncio.current_task()):
             tracked.submission.cancel()
         tracked.submission = self._spawn(self._resubmission(tracked, is_resend))
 

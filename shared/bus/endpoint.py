@@ -4,7 +4,9 @@ import asyncio
 import logging
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, override
+from typing import Any
+
+from typing_extensions import override
 
 from shared.bus.base import Bus, Handler, M, ReconnectListener, Responder, Subscription
 from shared.bus.inbound import HandlerSubscription, InboundSubscription, ServiceSubscription
@@ -99,13 +101,14 @@ class BusEndpoint(Bus):
 
     @override
     def connected_since_s(self) -> float | None:
-        return self._connected_since_s
+        return self._connected_since_s if self.is_connected else None
 
     @override
     def may_judge_leases(self, ttl_s: float) -> bool:
-        if self._connected_since_s is None:
+        since_s = self.connected_since_s()
+        if since_s is None:
             return False
-        return self._num_connections == 1 or self._clock.now_s() - self._connected_since_s >= ttl_s
+        return self._num_connections == 1 or self._clock.now_s() - since_s >= ttl_s
 
     @override
     def add_reconnect_listener(self, listener: ReconnectListener) -> Callable[[], None]:
@@ -123,13 +126,17 @@ class BusEndpoint(Bus):
             return
         self._is_closing = True
         deadline_s = asyncio.get_running_loop().time() + timeout_s
-        subscriptions = tuple(self._subscriptions)
-        await asyncio.gather(*(one.unsubscribe(timeout_s=timeout_s) for one in subscriptions))
-        await asyncio.gather(*(watch.aclose() for watch in tuple(self._watches)))
-        self._is_closed = True
-        await self._hang_up(deadline_s)
-        self._went_down("the bus was closed")
-        await self._cancel_tasks()
+        caller = asyncio.current_task()
+        try:
+            await asyncio.gather(
+                *(one.end(deadline_s, caller) for one in tuple(self._subscriptions))
+            )
+        finally:  # also when whoever waits for the drain gives it up
+            self._is_closed = True
+            await asyncio.gather(*(watch.aclose() for watch in tuple(self._watches)))
+            await self._hang_up(deadline_s)
+            self._went_down("the bus was closed")
+            await self._cancel_tasks()
 
     async def _cancel_tasks(self) -> None:
         tasks = self._tasks - {asyncio.current_task()}

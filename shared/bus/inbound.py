@@ -5,7 +5,8 @@ import logging
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import override
+
+from typing_extensions import override
 
 from shared.bus.base import Handler, Responder, Subscription
 from shared.errors import BanyanError, BusError, ProtocolError
@@ -45,17 +46,24 @@ class InboundSubscription(Subscription):
         """Take one message. Never waits for the handler."""
 
     @abstractmethod
-    async def _finish(self, deadline_s: float) -> None:
-        """Handle what has arrived, until ``deadline_s`` on the loop's clock."""
+    async def _finish(self, deadline_s: float, caller: asyncio.Task[None] | None) -> None:
+        """Handle what has arrived, until ``deadline_s``, without waiting for ``caller``."""
 
     @override
     async def unsubscribe(self, *, timeout_s: float = 5.0) -> None:
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        await self.end(deadline_s, asyncio.current_task())
+
+    async def end(self, deadline_s: float, caller: asyncio.Task[None] | None) -> None:
+        """``unsubscribe`` on behalf of the task ``caller``, which may be one of the handlers.
+
+        ``deadline_s`` is on the loop's clock.
+        """
         if self._is_ending:
             return
         self._is_ending = True
-        deadline_s = asyncio.get_running_loop().time() + timeout_s
         await self._detach(self)
-        await self._finish(deadline_s)
+        await self._finish(deadline_s, caller)
 
     def _decode(self, data: bytes, subject: str) -> Message:
         """The message; a failure is counted and logged before it is raised."""
@@ -127,9 +135,9 @@ class HandlerSubscription(InboundSubscription):
             logger.exception("the handler of %s failed on %s", subject, type(message).__name__)
 
     @override
-    async def _finish(self, deadline_s: float) -> None:
+    async def _finish(self, deadline_s: float, caller: asyncio.Task[None] | None) -> None:
         self._has_news.set()
-        if self._worker is asyncio.current_task():
+        if self._worker is caller:
             return
         remaining_s = deadline_s - asyncio.get_running_loop().time()
         _, late = await asyncio.wait({self._worker}, timeout=max(remaining_s, 0.0))
@@ -212,8 +220,8 @@ class ServiceSubscription(InboundSubscription):
             logger.info("a reply on %s was not sent: %s", self.subject, error)
 
     @override
-    async def _finish(self, deadline_s: float) -> None:
-        others = set(self._running) - {asyncio.current_task()}
+    async def _finish(self, deadline_s: float, caller: asyncio.Task[None] | None) -> None:
+        others = {task for task in self._running if task is not caller}
         if not others:
             return
         remaining_s = deadline_s - asyncio.get_running_loop().time()

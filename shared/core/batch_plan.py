@@ -6,6 +6,7 @@ decodes as in Sarathi-Serve (Agrawal et al., OSDI 2024, section 4). Deviations: 
 whole prompt are taken at admission, and one order decides admission and preemption alike.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,7 +160,7 @@ class Planner:
             keys = request.full_block_keys(request.num_tokens - 1, size)
         num_hits, num_unowned = self._blocks.count_cached(keys)
         needed = self._blocks.blocks_for(request.num_tokens) - num_hits
-        watermark = -int(-self._blocks.num_blocks * WATERMARK_FRACTION // 1) if self._running else 0
+        watermark = math.ceil(self._blocks.num_blocks * WATERMARK_FRACTION) if self._running else 0
         if self._blocks.num_free_blocks - num_unowned - needed < watermark:
             return False
         self._blocks.create(request.key)

@@ -1,6 +1,6 @@
 """The base of every wire type, and the codec: msgpack with a tag, nothing else on the bus."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -14,6 +14,9 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     ``docs/messages.md`` is generated from it.
     """
 
+
+
+M = TypeVar("M", bound=Message)
 
 
 class MessageCodec:
@@ -60,6 +63,13 @@ class MessageCodec:
             return None
         tag = raw.get("t") if isinstance(raw, dict) else None
         return tag if isinstance(tag, str) else None
+
+
+def expect(message: Message, kind: type[M]) -> M:
+    """``message`` as the one kind its receiver takes; raises ``UnknownMessage`` otherwise."""
+    if not isinstance(message, kind):
+        raise UnknownMessage(f"{type(message).__name__} where a {kind.__name__} was expected")
+    return message
 
 
 class ErrorReply(Message, frozen=True, kw_only=True, tag="ErrorReply"):

@@ -11,12 +11,14 @@ from shared.messages.base import Message
 class KVTarget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Where a prefill sends the KV it computes: a reservation at another instance.
 
-    ``address`` is that instance's data-plane address, ``transfer_id`` never reused there.
+    ``address`` is that instance's data-plane address, ``transfer_id`` never reused there. Blocks
+    below ``first_block`` are there already and need not be sent.
     """
 
     instance: str
     transfer_id: int
     address: bytes
+    first_block: int = 0
 
 
 class ReserveKV(Message, frozen=True, kw_only=True):

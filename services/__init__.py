@@ -1,0 +1,1 @@
+"""One folder a service; none of them imports another."""

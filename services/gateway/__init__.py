@@ -1,0 +1,1 @@
+"""HTTP in, token streams out; owner of each request until its end."""

@@ -1,0 +1,1 @@
+"""The prefill role of a worker."""

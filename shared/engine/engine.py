@@ -1,0 +1,374 @@
+"""The engine: requests in, tokens out, one iteration at a time."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shared.core.batch_plan import (
+    Chunk,
+    IterationLimits,
+    OrderKey,
+    Plan,
+    first_come_first_served,
+)
+from shared.core.block_manager import BlockManager
+from shared.core.engine_request import EngineState
+from shared.core.iteration import Committed, IterationScheduler
+from shared.core.request import Request, RequestKey
+from shared.engine.attention import TorchAttention
+from shared.engine.config import EngineConfig
+from shared.engine.model import ModelChain, load_model
+from shared.engine.outputs import (
+    EngineStats,
+    KVSink,
+    RequestOutput,
+    Reservation,
+    StepOutput,
+)
+from shared.engine.runner import ModelRunner, Sampled
+from shared.engine.spec import ModelSpec
+from shared.errors import EngineError, InvalidRequest
+from shared.kvcache.layout import KVLayout
+from shared.kvcache.pool import KVPool
+from shared.kvcache.sizing import resolve_num_blocks
+
+
+class Engine:
+    """A model, its KV pool and the requests that run on it.
+
+    Not thread-safe: every method is called in one thread, between two calls of ``step``
+    (``EngineThread`` sees to that). Any role is served by the same object: a request may be
+    prefilled and decoded here, only prefilled (``prefill_only``), or begun elsewhere and go on
+    from imported KV (``reserve``, ``import_kv``, ``start_reserved``).
+
+    With ``export`` the KV of a request's prefill goes to ``kv_sink`` in the engine's thread, right
+    after each layer of each chunk: per layer each block exactly once, full ones as soon as they
+    are full, with the last chunk the partial last one too; cached prefix blocks included. An error
+    raised by the sink fails the request whose KV it was given.
+    """
+
+    def __init__(
+        self,
+        chain: ModelChain,
+        pool: KVPool,
+        config: EngineConfig,
+        *,
+        kv_sink: KVSink | None = None,
+        order: OrderKey = first_come_first_served,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.spec: ModelSpec = chain.spec
+        self.layout: KVLayout = pool.layout
+        self.pool = pool
+        self.num_blocks = pool.num_blocks
+        self.device = chain.device
+        self.max_model_len = min(
+            config.max_model_len or self.spec.max_model_len,
+            self.spec.max_model_len,
+            pool.num_blocks * pool.layout.block_size,
+        )
+        self.kv_sink = kv_sink
+        self._now_s = now_s
+        self._scheduler = IterationScheduler(
+            IterationLimits(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=self.max_model_len,
+            ),
+            BlockManager(pool.num_blocks, pool.layout.block_size),
+            eos_token_ids=self.spec.eos_token_ids,
+            fingerprint=self.spec.fingerprint,
+            enable_prefix_cache=config.enable_prefix_cache,
+            order=order,
+        )
+        self._runner = ModelRunner(chain, pool, TorchAttention(pool, self.spec.sliding_windows))
+        self._step = 0
+        self._total_prefill_tokens = 0
+        self._total_decode_tokens = 0
+        self._total_cached_tokens = 0
+        self._total_failed = 0
+
+    # -- requests that begin here
+
+    def add(self, request: Request, *, prefill_only: bool = False, export: bool = False) -> None:
+        """Queue an attempt; it goes on at output position ``len(request.output_token_ids)``.
+
+        With ``prefill_only`` it emits one token and is then held with its blocks until
+        ``release`` (if that token ends it, it is finished as usual). Raises ``InvalidRequest`` for
+        what this model cannot take, ``LifecycleError`` if the attempt is known already.
+        """
+        self._check(request, export)
+        self._scheduler.add(request, prefill_only=prefill_only, is_exporting=export)
+
+    def num_cached_tokens(self, request: Request) -> int:
+        """Tokens at the front of ``request`` whose KV is in this engine's prefix cache now."""
+        return self._scheduler.num_cached_tokens(request)
+
+    def fork(self, key: RequestKey, request: Request) -> None:
+        """Queue ``request`` sharing, copy on write, the KV of the tokens it has in common with
+        ``key`` (running, waiting with blocks, or held); ``LifecycleError`` if that has none."""
+        self._check(request, export=False)
+        self._scheduler.fork(key, request)
+
+    # -- requests that come from elsewhere
+
+    def reserve(
+        self, key: RequestKey, num_tokens: int, *, prefix_of: Request | None = None
+    ) -> Reservation:
+        """Set aside blocks for ``num_tokens`` tokens and one block more, to be filled by imports.
+
+        With ``prefix_of`` the locally cached prefix of that request is used for the first blocks.
+        Raises ``OutOfBlocks``, ``ContextLengthExceeded``, or ``LifecycleError`` if ``key`` is known
+        already.
+        """
+        num_blocks, num_cached = self._scheduler.reserve(key, num_tokens, prefix_of=prefix_of)
+        return Reservation(key=key, num_blocks=num_blocks, num_cached_tokens=num_cached)
+
+    def import_kv(
+        self,
+        key: RequestKey,
+        layer: int,
+        block_lo: int,
+        block_hi: int,
+        head_lo: int,
+        head_hi: int,
+        data: bytes | memoryview | NDArray[np.uint8],
+    ) -> None:
+        """Write KV bytes into blocks ``[block_lo, block_hi)`` of a reservation.
+
+        Indices count in the reservation's own block table; ``data`` has the layout of
+        ``KVLayout`` and is not kept. Raises ``LifecycleError`` unless ``key`` is reserved,
+        ``ValueError`` for a range or size that does not fit.
+        """
+        blocks = self._scheduler.check_import(key, block_lo, block_hi)
+        self.pool.import_blocks(layer, blocks, head_lo, head_hi, data)
+
+    def start_reserved(
+        self,
+        request: Request,
+        *,
+        num_computed_tokens: int,
+        prefill_only: bool = False,
+        export: bool = False,
+    ) -> None:
+        """Let a reserved request run; its first ``num_computed_tokens`` tokens have their KV.
+
+        At most ``request.num_tokens - 1``: then the next step decodes, which is how a decode
+        takes over after a prefill that has sampled the last of ``request.output_token_ids``.
+        With fewer the rest is prefilled here first. Raises as ``add``, and ``LifecycleError``
+        unless the attempt is reserved.
+        """
+        self._check(request, export)
+        self._scheduler.start_reserved(
+            request,
+            num_computed_tokens=num_computed_tokens,
+            prefill_only=prefill_only,
+            is_exporting=export,
+        )
+
+    def export_kv(
+        self,
+        key: RequestKey,
+        layer: int,
+        block_lo: int,
+        block_hi: int,
+        head_lo: int = 0,
+        head_hi: int | None = None,
+    ) -> NDArray[np.uint8]:
+        """A fresh copy of KV bytes of an attempt that has blocks (held, running, …).
+
+        Raises ``LifecycleError`` if it has none, ``ValueError`` for a bad range.
+        """
+        table = self._scheduler.blocks.block_table(key)
+        if not 0 <= block_lo <= block_hi <= len(table):
+            raise ValueError(f"blocks [{block_lo}, {block_hi}) of {len(table)}")
+        return self.pool.export_blocks(layer, table[block_lo:block_hi], head_lo, head_hi)
+
+    # -- ends
+
+    def release(self, key: RequestKey) -> bool:
+        """Forget an attempt, whatever its state, and free its blocks; ``False`` if unknown.
+
+        It produces no output after this returns.
+        """
+        return self._scheduler.release(key)
+
+    def abort(self, key: RequestKey) -> bool:
+        """``release`` by the name it has while a request runs."""
+        return self.release(key)
+
+    def rollback(self, key: RequestKey, num_tokens: int) -> None:
+        """Take back the last ``num_tokens`` tokens generated here; generation goes on before them.
+
+        What was emitted stays emitted: meant for tokens the caller has not passed on.
+        """
+        self._scheduler.rollback(key, num_tokens)
+
+    # -- iterations
+
+    def step(self) -> StepOutput | None:
+        """Run one iteration; ``None`` if nothing can run until a request comes or goes.
+
+        A request whose computation fails ends with an ``error`` while the others go on. Raises
+        ``EngineError`` if the device itself has failed; the engine is unusable then.
+        """
+        plan = self._next_plan()
+        if plan is None:
+            return None
+        started_s = time.perf_counter()
+        self._step += 1
+        self.pool.copy_blocks(plan.block_copies)
+        results, errors = self._compute(plan.chunks)
+        outputs = [self._fail(key, error) for key, error in errors.items()]
+        self._count(plan, errors)
+        committed = self._scheduler.commit(
+            plan, {key: result.token_ids for key, result in results.items()}
+        )
+        for item in committed:
+            outputs.append(_output(item, results[item.request.key]))
+            if item.offset == len(item.request.request.output_token_ids):
+                self._total_cached_tokens += item.request.num_cached_tokens
+        num_batched_tokens = sum(chunk.end - chunk.start for chunk in plan.chunks)
+        return StepOutput(
+            step=self._step,
+            outputs=tuple(outputs),
+            stats=self.stats(num_batched_tokens, time.perf_counter() - started_s),
+        )
+
+    def stats(self, num_batched_tokens: int = 0, step_s: float = 0.0) -> EngineStats:
+        """The state now, with the numbers of a step if it is for one."""
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=scheduler.count(EngineState.RUNNING),
+            num_waiting=scheduler.count(EngineState.WAITING),
+            num_held=scheduler.count(EngineState.HELD),
+            num_reserved=scheduler.count(EngineState.RESERVED),
+            num_blocks=self.num_blocks,
+            num_free_blocks=scheduler.blocks.num_free_blocks,
+            num_cached_blocks=scheduler.blocks.num_cached_blocks,
+            num_batched_tokens=num_batched_tokens,
+            step_s=step_s,
+            total_prefill_tokens=self._total_prefill_tokens,
+            total_decode_tokens=self._total_decode_tokens,
+            total_cached_tokens=self._total_cached_tokens,
+            total_preemptions=scheduler.num_preemptions,
+            total_failed=self._total_failed,
+        )
+
+    def state_of(self, key: RequestKey) -> EngineState | None:
+        """The state of an attempt, ``None`` if it is not known (any more)."""
+        return self._scheduler.state_of(key)
+
+    def check_integrity(self) -> None:
+        """Verify the block bookkeeping; raises ``AssertionError``."""
+        self._scheduler.blocks.check_integrity()
+
+    def _next_plan(self) -> Plan | None:
+        while True:
+            plan = self._scheduler.plan(self._now_s())
+            if plan.chunks:
+                return plan
+            # All it did was to take blocks away, which may let others run. This ends: nobody
+            # without blocks can lose them.
+            if not plan.preempted:
+                return None
+
+    def _compute(
+        self, chunks: Sequence[Chunk]
+    ) -> tuple[dict[RequestKey, Sampled], dict[RequestKey, str]]:
+        """Run the batch; if it fails as a whole, run its requests one by one to find whose fault
+        it is."""
+        exported: set[tuple[RequestKey, int]] = set()
+        try:
+            return self._runner.run(chunks, self.kv_sink, exported)
+        except torch.AcceleratorError as exc:
+            raise EngineError(f"the device failed: {exc}") from exc
+        except Exception as exc:
+            if len(chunks) == 1:
+                return {}, {chunks[0].key: f"{type(exc).__name__}: {exc}"}
+        results: dict[RequestKey, Sampled] = {}
+        errors: dict[RequestKey, str] = {}
+        for chunk in chunks:
+            try:
+                result, error = self._runner.run([chunk], self.kv_sink, exported)
+            except torch.AcceleratorError as exc:
+                raise EngineError(f"the device failed: {exc}") from exc
+            except Exception as exc:
+                errors[chunk.key] = f"{type(exc).__name__}: {exc}"
+            else:
+                results |= result
+                errors |= error
+        return results, errors
+
+    def _fail(self, key: RequestKey, error: str) -> RequestOutput:
+        request = self._scheduler.get(key)
+        offset = request.num_output_tokens if request is not None else 0
+        # What a failed request computed must never reach another through a recycled block: a NaN
+        # survives every mask.
+        self.pool.zero_blocks(self._scheduler.fail(key))
+        self._total_failed += 1
+        return RequestOutput(key=key, offset=offset, token_ids=(), error=error)
+
+    def _count(self, plan: Plan, errors: dict[RequestKey, str]) -> None:
+        for chunk in plan.chunks:
+            if chunk.key in errors:
+                continue
+            if chunk.is_decode:
+                self._total_decode_tokens += 1
+            else:
+                self._total_prefill_tokens += chunk.end - chunk.start
+
+    def _check(self, request: Request, export: bool) -> None:
+        if export and self.kv_sink is None:
+            raise EngineError("export without a KV sink")
+        tokens = (*request.prompt_token_ids, *request.output_token_ids)
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.spec.vocab_size:
+            raise InvalidRequest(
+                f"token ids must be in [0, {self.spec.vocab_size})", field="prompt"
+            )
+
+
+def _output(item: Committed, result: Sampled) -> RequestOutput:
+    return RequestOutput(
+        key=item.request.key,
+        offset=item.offset,
+        token_ids=item.token_ids,
+        logprobs=result.logprobs[: len(item.token_ids)],
+        finish_reason=item.finish_reason,
+        num_cached_tokens=item.request.num_cached_tokens,
+    )
+
+
+def build_engine(
+    config: EngineConfig,
+    *,
+    kv_sink: KVSink | None = None,
+    order: OrderKey = first_come_first_served,
+    on_progress: Callable[[str, float], None] = lambda what, fraction: None,
+) -> Engine:
+    """Load the model and make an engine for it.
+
+    Raises ``UnsupportedModel``, or ``OutOfMemory`` naming the numbers.
+    """
+    chain = load_model(
+        Path(config.model_path), dtype=config.dtype, device=config.device, on_progress=on_progress
+    )
+    layout = chain.spec.kv_layout(config.block_size)
+    num_blocks = resolve_num_blocks(
+        layout,
+        chain.device,
+        param_bytes=chain.spec.param_bytes,
+        num_blocks=config.num_blocks,
+        kv_cache_bytes=config.kv_cache_bytes,
+        memory_fraction=config.memory_fraction,
+    )
+    on_progress(f"allocating {num_blocks} KV blocks", 0.95)
+    engine = Engine(
+        chain, KVPool(layout, num_blocks, chain.device), config, kv_sink=kv_sink, order=order
+    )
+    on_progress("ready", 1.0)
+    return engine

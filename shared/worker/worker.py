@@ -1,0 +1,285 @@
+"""The worker process: an engine between the bus and the data plane.
+
+The event loop talks; the engine's thread computes. What the engine produces arrives here through
+``call_soon_threadsafe``, in its order: the KV exports of a step first, then the step's tokens.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from shared.bus.base import Bus
+from shared.core.membership import Membership
+from shared.core.request import RequestKey
+from shared.engine.engine import build_engine
+from shared.engine.outputs import KVExport, RequestOutput, StepOutput
+from shared.engine.thread import EngineInfo, EngineThread
+from shared.errors import BusError
+from shared.messages import subjects
+from shared.messages.base import Message, expect
+from shared.messages.load import Drain, InstanceExited, ServiceReport
+from shared.messages.requests import Done, LeaderChanged, SnapshotRequest
+from shared.messages.tokens import AckTokens, TokenBatch, TokenDelta, TokensSince, TokensSinceReply
+from shared.messages.workers import (
+    AbortRequests,
+    AttemptEnded,
+    PrefillFinished,
+    ReserveKV,
+    StartBatch,
+    WorkerSnapshot,
+)
+from shared.reporting import connect_bus
+from shared.runtime import Release, Runtime, Service
+from shared.transport.base import Transport
+from shared.transport.factory import create_transport
+from shared.worker.attempts import AttemptTable
+from shared.worker.config import WorkerSettings
+from shared.worker.executor import Executor
+from shared.worker.load import LoadMeter
+from shared.worker.output_log import OutputLog
+from shared.worker.store_client import StoreClient
+
+log = logging.getLogger(__name__)
+
+ENGINE_STOP_S = 5.0
+
+
+class WorkerService(Service):
+    """A prefill or decode instance; which of the two is only its ``settings.service``."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._role = settings.service
+        self._outputs = OutputLog(ttl_s=settings.output_ttl_s)
+        self._attempts = AttemptTable()
+        self._to_publish: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
+        self._stores = Membership(ttl_s=settings.instance_ttl_s)
+
+    # Start and stop
+
+    async def start(self, runtime: Runtime) -> None:
+        """Load the model, open the data plane, join the bus."""
+        settings = self._settings
+        self._runtime = runtime
+        self._loop = asyncio.get_running_loop()
+        self._engine = EngineThread(
+            lambda progress: build_engine(
+                settings.engine_config(), kv_sink=self._from_engine_kv, on_progress=progress
+            ),
+            on_output=lambda output: self._in_loop(self._on_step, output),
+            on_fatal=lambda error: runtime.fail(error, "engine"),
+            on_progress=lambda what, fraction: log.info(
+                "%s", what, extra={"fraction": round(fraction, 2)}
+            ),
+            num_threads=settings.num_threads,
+        )
+        runtime.on_release(Release.DEVICE, "engine", self._stop_engine)
+        info: EngineInfo = await asyncio.wrap_future(self._engine.start())
+        transport: Transport = create_transport(settings.transport, host=settings.transport_host)
+        runtime.on_release(Release.TRANSPORT, "transport", transport.close)
+        await transport.start()
+        bus = await connect_bus(settings, runtime)
+        self._compose(bus, transport, info)
+        await self._subscribe()
+        runtime.spawn(self._publish_in_order(), name="publisher")
+        runtime.spawn(self._report(), name="reports")
+
+    def _compose(self, bus: Bus, transport: Transport, info: EngineInfo) -> None:
+        settings = self._settings
+        self._bus = bus
+        self._transport = transport
+        self._kv_layout = f"{info.spec.fingerprint}/{info.layout.name}"
+        self._store_client = StoreClient(
+            bus,
+            transport,
+            self._engine,
+            info.layout,
+            fingerprint=info.spec.fingerprint,
+            timeout_s=settings.kvstore_timeout_s,
+            piece_timeout_s=settings.transfer_timeout_s,
+        )
+        self._executor = Executor(
+            settings=settings,
+            engine=self._engine,
+            transport=transport,
+            layout=info.layout,
+            kv_layout=self._kv_layout,
+            attempts=self._attempts,
+            outputs=self._outputs,
+            store=self._store_client,
+            publish=self._publish,
+            now_s=self._loop.time,
+        )
+        self._meter = LoadMeter(
+            settings=settings,
+            info=info,
+            transport=transport,
+            kv_layout=self._kv_layout,
+            attempts=self._attempts,
+            metrics=self._runtime.metrics,
+        )
+
+    async def _subscribe(self) -> None:
+        bus, instance = self._bus, self._settings.instance
+        await bus.subscribe(subjects.leader_events(), self._on_leader)
+        await bus.subscribe(subjects.tokens_ack(instance), self._on_ack)
+        await bus.serve(subjects.tokens_since(instance), self._on_tokens_since)
+        await bus.serve(subjects.snapshot(instance), self._on_snapshot)
+        await bus.serve(subjects.control(instance, "drain"), self._on_drain)
+        await bus.serve(subjects.worker(self._role, instance, "reserve"), self._on_reserve)
+        await bus.serve(subjects.worker(self._role, instance, "start"), self._on_start)
+        await bus.serve(subjects.worker(self._role, instance, "abort"), self._on_abort)
+        if self._settings.use_kvstore:
+            await bus.subscribe(subjects.load_of_role("kvstore"), self._on_store_report)
+
+    async def stop_intake(self) -> None:
+        """Say so in the reports; what was placed here before it was heard is still taken."""
+        self._meter.is_draining = True
+        await self._send_report()
+
+    async def drain(self, deadline_s: float) -> None:
+        """Finish what is here; what is not finished by the deadline goes on elsewhere."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._executor.idle()
+        except TimeoutError:
+            log.warning("%d attempts are handed over unfinished", len(self._attempts))
+            self._executor.hand_over("the instance shuts down")
+        await self._to_publish.join()
+        await self._send(InstanceExited(role=self._role, instance=self._settings.instance))
+
+    async def _stop_engine(self) -> None:
+        if not await asyncio.to_thread(self._engine.stop, ENGINE_STOP_S):
+            log.error("the engine's thread did not end")
+
+    # From the engine's thread
+
+    def _in_loop(self, function: Callable[..., None], *arguments: object) -> None:
+        self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _from_engine_kv(self, export: KVExport) -> None:
+        self._in_loop(self._executor.on_export, export)
+
+    def _on_step(self, output: StepOutput) -> None:
+        self._meter.on_step(output.stats)
+        deltas: dict[str, list[TokenDelta]] = {}
+        for item in output.outputs:
+            self._on_output(item, deltas)
+        for gateway, batch in deltas.items():
+            message = TokenBatch(instance=self._settings.instance, deltas=tuple(batch))
+            self._publish(subjects.tokens_to(gateway), message)
+
+    def _on_output(self, output: RequestOutput, deltas: dict[str, list[TokenDelta]]) -> None:
+        attempt = self._attempts.get(output.key)
+        if attempt is None:
+            return
+        delta = TokenDelta(
+            request_id=output.key.request_id,
+            attempt=output.key.attempt,
+            offset=output.offset,
+            token_ids=output.token_ids,
+            logprobs=output.logprobs or None,
+            finish_reason=output.finish_reason,
+            error=output.error or "",
+            num_cached_tokens=output.num_cached_tokens,
+        )
+        self._outputs.append(delta, self._loop.time())
+        deltas.setdefault(attempt.gateway, []).append(delta)
+        attempt.num_output_tokens += len(output.token_ids)
+        self._executor.on_output(attempt, delta)
+
+    # From the bus
+
+    async def _on_leader(self, message: Message, subject: str) -> None:
+        if isinstance(message, LeaderChanged):
+            self._attempts.check_epoch(message.leader_epoch)
+
+    async def _on_reserve(self, message: Message) -> Message:
+        command = expect(message, ReserveKV)
+        self._attempts.check_epoch(command.leader_epoch)
+        return await self._executor.reserve(command)
+
+    async def _on_start(self, message: Message) -> Message:
+        command = expect(message, StartBatch)
+        self._attempts.check_epoch(command.leader_epoch)
+        return Done(count=self._executor.start(command))
+
+    async def _on_abort(self, message: Message) -> Message:
+        command = expect(message, AbortRequests)
+        self._attempts.check_epoch(command.leader_epoch)
+        return Done(count=await self._executor.abort(command.requests))
+
+    async def _on_snapshot(self, message: Message) -> Message:
+        self._attempts.check_epoch(expect(message, SnapshotRequest).leader_epoch)
+        return WorkerSnapshot(
+            role=self._role,
+            instance=self._settings.instance,
+            requests=self._executor.held(),
+        )
+
+    async def _on_tokens_since(self, message: Message) -> Message:
+        question = expect(message, TokensSince)
+        key = RequestKey(question.request_id, question.attempt)
+        state, delta = self._outputs.since(key, question.offset)
+        return TokensSinceReply(instance=self._settings.instance, state=state, delta=delta)
+
+    async def _on_ack(self, message: Message, subject: str) -> None:
+        if isinstance(message, AckTokens):
+            self._outputs.discard(k for k in message.requests if self._attempts.get(k) is None)
+
+    async def _on_drain(self, message: Message) -> Message:
+        self._runtime.stop(f"drain: {expect(message, Drain).reason}")
+        return Done()
+
+    async def _on_store_report(self, message: Message, subject: str) -> None:
+        now_s = self._loop.time()
+        if isinstance(message, ServiceReport):
+            self._stores.on_report(message.instance, message.sequence, now_s)
+        self._stores.expired(now_s)
+        self._store_client.stores = self._stores.instances
+
+    # To the bus
+
+    def _publish(self, subject: str, message: Message) -> None:
+        """Queue ``message``; everything this worker publishes leaves in the order of its making."""
+        self._to_publish.put_nowait((subject, message))
+
+    async def _publish_in_order(self) -> None:
+        while True:
+            subject, message = await self._to_publish.get()
+            try:
+                await self._bus.publish(subject, message)
+            except BusError as error:
+                log.debug("%s not published, it can be asked for: %s", type(message), error)
+            finally:
+                self._to_publish.task_done()
+
+    async def _report(self) -> None:
+        while True:
+            await self._send_report()
+            self._outputs.expire(self._loop.time())
+            self._refresh_stats()
+            await asyncio.sleep(self._settings.report_period_s)
+
+    def _refresh_stats(self) -> None:
+        """An idle engine makes no steps, yet blocks come and go: ask it, without waiting."""
+        if self._meter.is_waiting_for_stats:
+            return
+        self._meter.is_waiting_for_stats = True
+        future = self._engine.call(lambda e: e.stats())
+        future.add_done_callback(
+            lambda done: (
+                self._in_loop(self._meter.on_stats, done.result())
+                if done.exception() is None
+                else None
+            )
+        )
+
+    async def _send_report(self) -> None:
+        await self._send(self._meter.report(self._loop.time()))
+
+    async def _send(self, message: Message) -> None:
+        try:
+            await self._bus.publish(subjects.load(self._role, self._settings.instance), message)
+        except BusError as error:
+            log.debug("report not sent: %s", error)
