@@ -22,8 +22,8 @@ async def connect_bus(settings: ServiceSettings, runtime: Runtime) -> Bus:
     """The process's connection to the bus, closed by the runtime after all work is done."""
     password = settings.nats_password
     bus = NatsBus(
-        settings.nats_url,
         CODEC,
+        settings.nats_url,
         user=settings.nats_user,
         password=password.get_secret_value() if password is not None else None,
         name=settings.instance,

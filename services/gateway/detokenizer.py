@@ -48,11 +48,12 @@ class WindowDetokenizer:
     def __init__(
         self,
         decode: Callable[[Sequence[int]], str],
-        is_special: Callable[[int], bool],
+        is_visible: Callable[[int], bool],
         is_byte: Callable[[int], bool],
     ) -> None:
+        """``is_visible`` is false for special tokens and for ids without a token."""
         self._decode = decode
-        self._is_special = is_special
+        self._is_visible = is_visible
         self._is_byte = is_byte
         self._window: list[int] = []
         self._num_shown_tokens = 0
@@ -60,7 +61,7 @@ class WindowDetokenizer:
 
     def feed(self, token_id: int) -> str:
         """The text that ``token_id`` completes."""
-        if self._is_special(token_id):
+        if not self._is_visible(token_id):
             return ""
         self._window.append(token_id)
         if self._is_byte(token_id):

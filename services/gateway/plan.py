@@ -1,6 +1,5 @@
 """From a checked body to the requests to generate: tokenised, with every default filled in."""
 
-import asyncio
 import hashlib
 import math
 import secrets
@@ -14,8 +13,13 @@ from services.gateway.openai_types import (
     CompletionRequest,
     GenerationBody,
 )
+from services.gateway.prompts import (
+    chat_prompt,
+    check_in_vocabulary,
+    completion_prompts,
+    room_behind,
+)
 from services.gateway.served_model import ServedModel
-from services.gateway.tokenizer import THREAD_FROM_CHARS
 from services.gateway.unsupported import CHAT, COMPLETION, MESSAGE, refuse_unsupported
 from shared.core.request import SamplingParams, Slo
 from shared.errors import ContextLengthExceeded, InvalidRequest
@@ -78,7 +82,7 @@ class Planner:
         if body.top_logprobs is not None and not body.logprobs:
             raise InvalidRequest("'top_logprobs' needs 'logprobs' to be true", field="top_logprobs")
         max_tokens, max_tokens_field = _chat_max_tokens(body)
-        prompt = await _chat_prompt(body, model)
+        prompt = await chat_prompt(body, model)
         return self._plan(
             body,
             model,
@@ -103,7 +107,7 @@ class Planner:
             body,
             model,
             caller,
-            prompts=await _completion_prompts(body, model),
+            prompts=await completion_prompts(body, model),
             prompt_field="prompt",
             max_tokens=body.max_tokens,
             max_tokens_field="max_tokens",
@@ -134,7 +138,7 @@ class Planner:
         requests: list[GenerationRequest] = []
         for number, prompt in enumerate(prompts):
             field = prompt_field if len(prompts) == 1 else f"{prompt_field}[{number}]"
-            room = _room(prompt, model, field)
+            room = room_behind(prompt, model, field)
             sampling = _sampling(
                 body, model, _within(max_tokens, room, max_tokens_field, model), num_logprobs
             )
@@ -213,94 +217,6 @@ def _chat_max_tokens(body: ChatCompletionRequest) -> tuple[int | None, str]:
     return body.max_completion_tokens, "max_completion_tokens"
 
 
-async def _chat_prompt(body: ChatCompletionRequest, model: ServedModel) -> tuple[int, ...]:
-    template, tokenizer = model.chat_template, model.tokenizer
-    if template is None:
-        raise InvalidRequest(
-            f"the model {model.name!r} has no chat template; use /v1/completions",
-            field="messages",
-        )
-    messages = [
-        {"role": m.role, "content": m.text} | ({} if m.name is None else {"name": m.name})
-        for m in body.messages
-    ]
-    _refuse_too_long(sum(tokenizer.min_tokens(m["content"]) for m in messages), model, "messages")
-
-    def encode() -> list[int]:
-        text = template.render(
-            messages,
-            add_generation_prompt=body.add_generation_prompt is not False,
-            variables=body.chat_template_kwargs,
-        )
-        # The template has written the special tokens already.
-        return tokenizer.encode_now(text, add_special_tokens=False)
-
-    if sum(len(m["content"]) for m in messages) < THREAD_FROM_CHARS:
-        return tuple(encode())
-    return tuple(await asyncio.to_thread(encode))
-
-
-async def _completion_prompts(body: CompletionRequest, model: ServedModel) -> list[tuple[int, ...]]:
-    match body.prompt:
-        case str(text):
-            texts = [text]
-        case [str(), *_]:
-            texts = [text for text in body.prompt if isinstance(text, str)]
-        case [int(), *_]:
-            return [_token_ids([i for i in body.prompt if isinstance(i, int)], model, "prompt")]
-        case _:
-            lists = [ids for ids in body.prompt if isinstance(ids, list)]
-            return [_token_ids(ids, model, f"prompt[{n}]") for n, ids in enumerate(lists)]
-    tokenizer = model.tokenizer
-    for number, text in enumerate(texts):
-        field = "prompt" if len(texts) == 1 else f"prompt[{number}]"
-        _refuse_too_long(tokenizer.min_tokens(text), model, field)
-
-    def encode() -> list[tuple[int, ...]]:
-        return [tuple(tokenizer.encode_now(text, add_special_tokens=True)) for text in texts]
-
-    if sum(map(len, texts)) < THREAD_FROM_CHARS:
-        return encode()
-    return await asyncio.to_thread(encode)
-
-
-def _token_ids(token_ids: list[int], model: ServedModel, field: str) -> tuple[int, ...]:
-    _refuse_too_long(len(token_ids), model, field)
-    for position, token_id in enumerate(token_ids):
-        _check_in_vocabulary(token_id, model, f"{field}[{position}]")
-    return tuple(token_ids)
-
-
-def _check_in_vocabulary(token_id: int, model: ServedModel, field: str) -> None:
-    if token_id >= model.vocab_size:
-        raise InvalidRequest(
-            f"token id {token_id} is not in the vocabulary of {model.vocab_size}", field=field
-        )
-
-
-def _refuse_too_long(num_tokens: int, model: ServedModel, field: str) -> None:
-    """Of a prompt that has at least ``num_tokens``."""
-    if num_tokens >= model.max_model_len:
-        raise ContextLengthExceeded(
-            f"the prompt has {num_tokens} tokens or more; the context of {model.name!r} is "
-            f"{model.max_model_len} tokens for prompt and output together",
-            field=field,
-        )
-
-
-def _room(prompt: Sequence[int], model: ServedModel, field: str) -> int:
-    """How many output tokens fit behind ``prompt``; at least one."""
-    if not prompt:
-        raise InvalidRequest("the prompt has no tokens", field=field)
-    if len(prompt) >= model.max_model_len:
-        raise ContextLengthExceeded(
-            f"the prompt has {len(prompt)} tokens; the context of {model.name!r} is "
-            f"{model.max_model_len} tokens for prompt and output together",
-            field=field,
-        )
-    return model.max_model_len - len(prompt)
-
-
 def _within(max_tokens: int | None, room: int, field: str, model: ServedModel) -> int:
     if max_tokens is None:
         return room
@@ -325,7 +241,7 @@ def _sampling(
         )
     stop_token_ids = tuple(body.stop_token_ids or ())
     for position, token_id in enumerate(stop_token_ids):
-        _check_in_vocabulary(token_id, model, f"stop_token_ids[{position}]")
+        check_in_vocabulary(token_id, model, f"stop_token_ids[{position}]")
     temperature = 1.0 if body.temperature is None else body.temperature
     top_p = 1.0 if body.top_p is None else body.top_p
     top_k = body.top_k if body.top_k and 0 < body.top_k < model.vocab_size else None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from services.gateway.detokenizer import (
@@ -24,7 +24,8 @@ THREAD_FROM_CHARS = 2048
 class Tokenizer:
     """``tokenizer.json`` and what ``tokenizer_config.json`` adds to it.
 
-    Safe to use from several threads. Token ids without a token (padding of the embedding) have no
+    Which tokens go around a text is what ``tokenizer.json`` says; like transformers, this leaves
+    ``add_bos_token`` out of account. Safe to use from several threads. Token ids without a token (padding of the embedding) have no
     text.
     """
 
@@ -35,7 +36,6 @@ class Tokenizer:
         backend.no_padding()
         self.special_tokens = _special_tokens(config)
         _mark_special(backend, self.special_tokens)
-        _add_bos_eos(backend, config, self.special_tokens)
         self._backend = backend
         added_tokens = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, t in added_tokens.items() if t.special)
@@ -91,7 +91,7 @@ class Tokenizer:
         """A new one, for one output."""
         if self._is_byte_level:
             return ByteLevelDetokenizer(self._visible_bytes)
-        return WindowDetokenizer(self.decode, self._special_ids.__contains__, self._is_byte)
+        return WindowDetokenizer(self.decode, self._is_visible, self._is_byte)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What ``token_id`` adds to the text, as UTF-8 bytes; special tokens as they are written.
@@ -113,6 +113,10 @@ class Tokenizer:
 
     def _visible_bytes(self, token_id: int) -> bytes:
         return b"" if token_id in self._special_ids else self.token_bytes(token_id)
+
+    def _is_visible(self, token_id: int) -> bool:
+        is_special = token_id in self._special_ids
+        return not is_special and self._backend.id_to_token(token_id) is not None
 
     def _is_byte(self, token_id: int) -> bool:
         return self._has_byte_fallback and self._fallback_byte(token_id) is not None
@@ -194,24 +198,6 @@ def _mark_special(backend: Backend, special_tokens: Mapping[str, str | list[str]
             if name not in known and backend.token_to_id(name) is not None
         ]
     )
-
-
-def _add_bos_eos(
-    backend: Backend, config: Mapping[str, Any], special_tokens: Mapping[str, str | list[str]]
-) -> None:
-    """Let ``add_bos_token`` and ``add_eos_token`` rule where they are set, as transformers does."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    template, used = "$A:0", []
-    bos, eos = special_tokens.get("bos_token"), special_tokens.get("eos_token")
-    if config.get("add_bos_token") and isinstance(bos, str):
-        template, used = f"{bos}:0 {template}", [bos]
-    if config.get("add_eos_token") and isinstance(eos, str):
-        template, used = f"{template} {eos}:0", [*used, eos]
-    ids = [(token, backend.token_to_id(token)) for token in dict.fromkeys(used)]
-    if any(token_id is None for _, token_id in ids):
-        return
-    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
 
 
 def _byte_of_char() -> dict[str, int]:

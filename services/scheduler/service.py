@@ -31,8 +31,6 @@ class SchedulerService(Service):
         self._clock = clock or MonotonicClock()
         self._cluster = Cluster(ttl_s=settings.instance_ttl_s)
         self._term: Term | None = None
-        self._term_task: asyncio.Task[None] | None = None
-        self._reporter: Reporter | None = None
 
     async def start(self, runtime: Runtime) -> None:
         """Join the bus, hear the reports, stand for leader."""
@@ -45,11 +43,13 @@ class SchedulerService(Service):
         await self._bus.subscribe(subjects.all_request_events(), self._on_event)
         store = await self._bus.lease_store(settings.lease_ttl_s)
         self._election = LeaderElection(
+            self._bus,
             store,
             key=f"scheduler.{subjects.token(settings.served_model_name)}",
-            holder=settings.instance,
-            on_elected=self._on_elected,
+            candidate=settings.instance,
+            on_elected=self._lead,
             on_deposed=self._on_deposed,
+            clock=self._clock,
         )
         self._reporter = Reporter(
             self._bus,
@@ -65,11 +65,9 @@ class SchedulerService(Service):
 
     async def stop_intake(self) -> None:
         """Give up the lead, so that a standby takes over without waiting for the lease."""
-        if self._reporter is not None:
-            await self._reporter.leave()
+        await self._reporter.leave()
         self._election_task.cancel()
         await asyncio.wait([self._election_task], timeout=self._settings.command_timeout_s)
-        await self._on_deposed()
 
     async def drain(self, deadline_s: float) -> None:
         """Nothing is in flight here: requests belong to gateways, their work to the workers."""
@@ -86,8 +84,8 @@ class SchedulerService(Service):
             "num_live": float(len(term.table) if term is not None else 0),
         }
 
-    async def _on_elected(self, epoch: int) -> None:
-        await self._end_term()
+    async def _lead(self, epoch: int) -> None:
+        """Serve one term; cancelled when it is over."""
         self._term = Term(
             epoch=epoch,
             election=self._election,
@@ -97,18 +95,14 @@ class SchedulerService(Service):
             clock=self._clock,
             counters=self._counters,
         )
-        self._term_task = self._runtime.spawn(self._term.run(), name=f"term {epoch}")
+        await self._reporter.publish()
+        try:
+            await self._term.run()
+        finally:
+            self._term = None
 
     async def _on_deposed(self) -> None:
-        if self._term is not None:
-            log.warning("epoch %d is over", self._term.epoch)
-        await self._end_term()
-
-    async def _end_term(self) -> None:
-        task, self._term_task, self._term = self._term_task, None, None
-        if task is not None:
-            task.cancel()
-            await asyncio.wait([task], timeout=2 * self._settings.command_timeout_s)
+        log.warning("this scheduler does not lead any more")
 
     async def _on_reconnect(self) -> None:
         self._cluster.membership.on_reconnect(self._clock.now_s())

@@ -1,4 +1,4 @@
-"""The contract of the bus. Every implementation passes ``tests/integration/test_bus_contract.py``."""
+"""The contract of the bus; every implementation passes the same tests of it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
@@ -21,7 +21,7 @@ ReconnectListener = Callable[[], Awaitable[None]]
 
 
 class Subscription(ABC):
-    """Interest in one subject, until ``unsubscribe`` or the bus's ``close``. It survives reconnects.
+    """Interest in one subject, until ``unsubscribe`` or the bus's ``close``; outlives reconnects.
 
     Counters only grow: ``num_received`` messages that reached this process, ``num_dropped`` of
     them thrown away unhandled (overflow, overload, deadline of ``unsubscribe``), ``num_failed`` of

@@ -21,8 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class BusEndpoint(Bus):
-    """The typed layer. A transport implements the six methods below ``Transport`` and says
-    ``_went_up``, ``_went_down`` and, for what arrives on ``{inbox}.{token}``, ``_replies``.
+    """The typed layer.
+
+    A transport implements what is under ``Transport`` and says ``_went_up`` and ``_went_down``; it
+    gives ``_replies`` what arrives on ``{inbox}.{token}``.
     """
 
     def __init__(self, codec: MessageCodec, *, inbox: str, clock: Clock) -> None:

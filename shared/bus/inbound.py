@@ -19,7 +19,7 @@ _YIELD_EVERY = 64
 
 
 def is_worth_logging(count: int) -> bool:
-    """Whether the ``count``-th of the same complaint should be logged: 1, 2, 4, 8, …"""
+    """Whether the ``count``-th of the same complaint is worth a line: 1, 2, 4, 8 and so on."""
     return count & (count - 1) == 0
 
 

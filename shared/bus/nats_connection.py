@@ -100,7 +100,7 @@ class NatsLink:
         self._subscriptions.discard(inner)
         try:
             if self.is_alive:
-                await self._round_trip(inner.drain(), timeout_s)
+                await self._round_trip(inner.drain(), timeout_s)  # type: ignore[no-untyped-call]
             else:
                 await inner.unsubscribe()
         except (BusDisconnected, BusTimeout, *LOST_ERRORS) as error:
@@ -269,8 +269,8 @@ class NatsConnection:
             closed_cb=closed,
             allow_reconnect=True,
             max_reconnect_attempts=-1,
-            reconnect_time_wait=options.reconnect_wait_s,
-            ping_interval=options.ping_interval_s,
+            reconnect_time_wait=options.reconnect_wait_s,  # type: ignore[arg-type]
+            ping_interval=options.ping_interval_s,  # type: ignore[arg-type]
             max_outstanding_pings=2,
             flush_timeout=1.0,
         )

@@ -50,6 +50,7 @@ class NatsLeaseWatch(LeaseWatch):
         self._ready: deque[LeaseChange] = deque()
         self._news = asyncio.Event()
         self._consumer: tuple[NatsLink, ClientSubscription] | None = None
+        self._generation = 0
         self._num_taken = 0
         self._is_syncing = False
         self._heard_at_s = 0.0
@@ -120,11 +121,18 @@ class NatsLeaseWatch(LeaseWatch):
         await self._abandon()
         link = self._bus.raw_link()
         inbox = self._bus.new_inbox()
+        self._generation += 1
+        generation = self._generation
         self._num_taken = 0
         self._is_syncing = True
         self._heard_at_s = asyncio.get_running_loop().time()
         self._tracker.begin_sync()
-        self._consumer = (link, await link.subscribe(inbox, None, self._take))
+
+        async def take(msg: Msg) -> None:
+            if generation == self._generation:  # an abandoned consumer may have a last word
+                self._take(msg)
+
+        self._consumer = (link, await link.subscribe(inbox, None, take))
         link.lost.add_done_callback(lambda _: self._news.set())
         config = api.ConsumerConfig(
             deliver_subject=inbox,
@@ -152,7 +160,7 @@ class NatsLeaseWatch(LeaseWatch):
             self._consumer = None
             await link.unsubscribe(inner, 0.0)
 
-    async def _take(self, msg: Msg) -> None:
+    def _take(self, msg: Msg) -> None:
         self._heard_at_s = asyncio.get_running_loop().time()
         if not msg.reply:
             return  # a heartbeat

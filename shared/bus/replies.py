@@ -85,7 +85,9 @@ class PendingReplies:
         if request is not None:
             request.fail(BusTimeout(f"no answer on {request.subject} within {timeout_s:g} s"))
 
-    def fail_where(self, concerns: Callable[[str], bool], make_error: Callable[[], BusError]) -> None:
+    def fail_where(
+        self, concerns: Callable[[str], bool], make_error: Callable[[], BusError]
+    ) -> None:
         """Fail every request whose subject ``concerns`` says yes to, each with its own error."""
         for request in self._pending.values():
             if concerns(request.subject):

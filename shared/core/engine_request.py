@@ -12,13 +12,15 @@ This is the engine's view of an attempt; the life of the request is its gateway'
 (``shared/core/lifecycle.py``).
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from enum import StrEnum
 
 from shared.core.prefix import extend_block_keys
 from shared.core.request import FinishReason, Request, RequestKey
-from shared.errors import LifecycleError
+from shared.errors import ContextLengthExceeded, InvalidRequest, LifecycleError
 
 
 class EngineState(StrEnum):
@@ -72,6 +74,32 @@ def transition(state: EngineState, event: EngineEvent) -> EngineState:
     return following
 
 
+def check_request(request: Request, max_model_len: int) -> None:
+    """Raise ``InvalidRequest`` for what no engine with such a context can take."""
+    sampling = request.sampling
+    if request.num_tokens == 0:
+        raise InvalidRequest("the prompt has no tokens", field="prompt")
+    if request.num_tokens >= max_model_len:
+        raise ContextLengthExceeded(
+            f"{request.num_tokens} tokens leave no room to generate in a context of "
+            f"{max_model_len}",
+            field="prompt",
+        )
+    num_emitted = len(request.output_token_ids)
+    is_valid = {
+        f"max_tokens (of which {num_emitted} exist)": sampling.max_tokens > num_emitted,
+        "temperature": 0.0 <= sampling.temperature < math.inf,
+        "top_p": 0.0 < sampling.top_p <= 1.0,
+        "top_k": sampling.top_k is None or sampling.top_k >= 1,
+        "logprobs": sampling.logprobs is None or sampling.logprobs >= 0,
+    }
+    for what, is_right in is_valid.items():
+        if not is_right:
+            field = what.split()[0]
+            value = getattr(sampling, field)
+            raise InvalidRequest(f"{what} cannot be {value}", field=field)
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class EngineRequest:
     """A started attempt. Owned and changed by the iteration scheduler and its planner alone.
@@ -96,14 +124,14 @@ class EngineRequest:
     prefill_only: bool = False
     is_exporting: bool = False
     state: EngineState = EngineState.WAITING
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = dataclass_field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_registered_blocks: int = 0
     num_exported_blocks: int = 0
     num_preemptions: int = 0
     was_admitted: bool = False
-    block_keys: list[bytes] = field(default_factory=list)
+    block_keys: list[bytes] = dataclass_field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Take the tokens over from the request."""

@@ -15,9 +15,10 @@ from shared.core.batch_plan import (
     first_come_first_served,
 )
 from shared.core.block_manager import BlockManager
-from shared.core.engine_request import EngineEvent, EngineRequest, EngineState, transition
+from shared.core.engine_request import EngineEvent, EngineRequest, EngineState, check_request
 from shared.core.prefix import block_keys, root_key
 from shared.core.request import FinishReason, Request, RequestKey
+from shared.core.reservations import Reservations
 from shared.errors import ContextLengthExceeded, InvalidRequest, LifecycleError
 
 
@@ -56,7 +57,7 @@ class IterationScheduler:
         self._fingerprint = fingerprint
         self._enable_prefix_cache = enable_prefix_cache
         self._arrivals = 0
-        self._reserved: dict[RequestKey, int] = {}
+        self.reservations = Reservations(blocks)
         self._requests: dict[RequestKey, EngineRequest] = {}
 
     # -- what there is
@@ -66,7 +67,7 @@ class IterationScheduler:
         request = self._requests.get(key)
         if request is not None:
             return request.state
-        return EngineState.RESERVED if key in self._reserved else None
+        return EngineState.RESERVED if key in self.reservations else None
 
     def get(self, key: RequestKey) -> EngineRequest | None:
         """The started attempt ``key``, to be read only."""
@@ -75,7 +76,7 @@ class IterationScheduler:
     def count(self, state: EngineState) -> int:
         """How many attempts are in ``state``."""
         if state is EngineState.RESERVED:
-            return len(self._reserved)
+            return len(self.reservations)
         return sum(request.state is state for request in self._requests.values())
 
     def num_cached_tokens(self, request: Request) -> int:
@@ -89,7 +90,7 @@ class IterationScheduler:
     ) -> None:
         """Queue an attempt; raises ``InvalidRequest``, or ``LifecycleError`` if it is known."""
         self._check_new(request.key)
-        self._check(request)
+        check_request(request, self.limits.max_model_len)
         self._start(request, prefill_only=prefill_only, is_exporting=is_exporting)
 
     def reserve(
@@ -105,32 +106,11 @@ class IterationScheduler:
             raise ContextLengthExceeded(
                 f"{num_tokens} tokens, this engine takes {self.limits.max_model_len}", field=None
             )
-        count = min(self.blocks.blocks_for(num_tokens) + 1, self._max_blocks)
-        keys = self._cacheable(prefix_of) if prefix_of is not None else ()
-        self.blocks.create(key)
-        try:
-            num_hits = self.blocks.adopt(key, keys[:count])
-            self.blocks.allocate(key, count - num_hits)
-        except BaseException:
-            self.blocks.free(key)
-            raise
-        self._reserved[key] = num_hits
-        return count, num_hits * self.blocks.block_size
-
-    def check_import(self, key: RequestKey, block_lo: int, block_hi: int) -> Sequence[int]:
-        """The reserved blocks ``[block_lo, block_hi)`` of ``key``, free to be written.
-
-        Raises ``LifecycleError`` unless ``key`` is reserved, ``ValueError`` for a bad range.
-        """
-        if key not in self._reserved:
-            raise LifecycleError(f"{key} is {self.state_of(key) or 'unknown'}, not reserved")
-        table = self.blocks.block_table(key)
-        if not self._reserved[key] <= block_lo <= block_hi <= len(table):
-            raise ValueError(
-                f"blocks [{block_lo}, {block_hi}) of {key}: "
-                f"[{self._reserved[key]}, {len(table)}) are to be imported"
-            )
-        return table[block_lo:block_hi]
+        most = self.blocks.blocks_for(self.limits.max_model_len)
+        count = min(self.blocks.blocks_for(num_tokens) + 1, most)
+        cached = self._cacheable(prefix_of)[:count] if prefix_of is not None else ()
+        num_cached_blocks = self.reservations.make(key, count, cached)
+        return count, num_cached_blocks * self.blocks.block_size
 
     def start_reserved(
         self,
@@ -141,23 +121,17 @@ class IterationScheduler:
         is_exporting: bool = False,
     ) -> None:
         """Queue a reserved attempt whose first ``num_computed_tokens`` tokens have their KV."""
-        key = request.key
-        if key not in self._reserved:
-            raise LifecycleError(f"{key} is {self.state_of(key) or 'unknown'}, not reserved")
-        self._check(request)
-        held_tokens = len(self.blocks.block_table(key)) * self.blocks.block_size
+        held_tokens = len(self.reservations.table(request.key)) * self.blocks.block_size
+        check_request(request, self.limits.max_model_len)
         if not 0 <= num_computed_tokens < min(request.num_tokens, held_tokens + 1):
             raise InvalidRequest(
                 f"{num_computed_tokens} computed tokens of {request.num_tokens}, "
                 f"{held_tokens} reserved",
                 field=None,
             )
-        del self._reserved[key]
+        state = self.reservations.start(request.key)
         started = self._start(
-            request,
-            prefill_only=prefill_only,
-            is_exporting=is_exporting,
-            state=transition(EngineState.RESERVED, EngineEvent.START),
+            request, prefill_only=prefill_only, is_exporting=is_exporting, state=state
         )
         started.was_admitted = True
         started.num_computed_tokens = started.num_cached_tokens = num_computed_tokens
@@ -166,7 +140,7 @@ class IterationScheduler:
     def fork(self, key: RequestKey, request: Request) -> None:
         """Queue ``request`` with the KV of the tokens it shares with ``key``, copied on write."""
         self._check_new(request.key)
-        self._check(request)
+        check_request(request, self.limits.max_model_len)
         parent = self._requests.get(key)
         if parent is None or not self.blocks.owns(key):
             raise LifecycleError(f"{key} has no blocks to share")
@@ -183,12 +157,7 @@ class IterationScheduler:
 
     def release(self, key: RequestKey) -> bool:
         """Forget an attempt in whatever state and free its blocks; ``False`` if unknown."""
-        if key in self._reserved:
-            transition(EngineState.RESERVED, EngineEvent.RELEASE)
-            del self._reserved[key]
-            self.blocks.free(key)
-            return True
-        return self._end(key, EngineEvent.RELEASE) is not None
+        return self.reservations.release(key) or self._end(key, EngineEvent.RELEASE) is not None
 
     def fail(self, key: RequestKey) -> list[int]:
         """End an attempt whose computation went wrong; the block ids whose content to distrust."""
@@ -278,10 +247,6 @@ class IterationScheduler:
 
     # -- helpers
 
-    @property
-    def _max_blocks(self) -> int:
-        return self.blocks.blocks_for(self.limits.max_model_len)
-
     def _root(self, request: Request) -> bytes:
         return root_key(self._fingerprint, request.tenant)
 
@@ -295,22 +260,6 @@ class IterationScheduler:
     def _check_new(self, key: RequestKey) -> None:
         if (state := self.state_of(key)) is not None:
             raise LifecycleError(f"{key} is {state} already")
-
-    def _check(self, request: Request) -> None:
-        if request.num_tokens == 0:
-            raise InvalidRequest("the prompt has no tokens", field="prompt")
-        if request.num_tokens >= self.limits.max_model_len:
-            raise ContextLengthExceeded(
-                f"{request.num_tokens} tokens leave no room to generate in a context of "
-                f"{self.limits.max_model_len}",
-                field="prompt",
-            )
-        if request.sampling.max_tokens <= len(request.output_token_ids):
-            raise InvalidRequest(
-                f"max_tokens {request.sampling.max_tokens}, of which "
-                f"{len(request.output_token_ids)} exist",
-                field="max_tokens",
-            )
 
     def _start(
         self,

@@ -39,7 +39,7 @@ class AttentionBackend(Protocol):
 
 @dataclass(slots=True)
 class AttentionBatch:
-    """The requests of one iteration, flattened: tokens of request 0, then of request 1, …
+    """The requests of one iteration, flattened: tokens of request 0, then of request 1.
 
     ``positions`` and ``slot_mapping`` are ``[num_tokens]`` int64 on the device: the position of
     each token in its request, and ``block_id * block_size + offset`` where its KV goes. Request
@@ -136,8 +136,8 @@ class TorchAttention:
     def _decode(self, cache: Tensor, query: Tensor, decodes: _Decodes, scaling: float) -> Tensor:
         num_seqs, num_heads, head_dim = query.shape
         num_kv_heads = cache.shape[1]
-        kv = self._gather(cache, decodes.block_ids).unflatten(2, (num_seqs, -1))
-        keys, values = kv.transpose(1, 2).unbind(2)  # [num_kv_heads, num_seqs, length, head_dim]
+        kv = self._gather(cache, decodes.block_ids).view(num_kv_heads, 2, num_seqs, -1, head_dim)
+        keys, values = kv.unbind(1)  # [num_kv_heads, num_seqs, length, head_dim]
         # The query heads that share a KV head become the rows of one small matrix.
         grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
         output = functional.scaled_dot_product_attention(

@@ -1,40 +1,25 @@
 """The engine: requests in, tokens out, one iteration at a time."""
 
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from shared.core.batch_plan import (
-    Chunk,
-    IterationLimits,
-    OrderKey,
-    Plan,
-    first_come_first_served,
-)
+from shared.core.batch_plan import IterationLimits, OrderKey, Plan, first_come_first_served
 from shared.core.block_manager import BlockManager
 from shared.core.engine_request import EngineState
 from shared.core.iteration import Committed, IterationScheduler
 from shared.core.request import Request, RequestKey
 from shared.engine.attention import TorchAttention
 from shared.engine.config import EngineConfig
-from shared.engine.model import ModelChain, load_model
-from shared.engine.outputs import (
-    EngineStats,
-    KVSink,
-    RequestOutput,
-    Reservation,
-    StepOutput,
-)
+from shared.engine.model import ModelChain
+from shared.engine.outputs import EngineStats, KVSink, RequestOutput, Reservation, StepOutput
 from shared.engine.runner import ModelRunner, Sampled
 from shared.engine.spec import ModelSpec
 from shared.errors import EngineError, InvalidRequest
 from shared.kvcache.layout import KVLayout
 from shared.kvcache.pool import KVPool
-from shared.kvcache.sizing import resolve_num_blocks
 
 
 class Engine:
@@ -109,8 +94,10 @@ class Engine:
         return self._scheduler.num_cached_tokens(request)
 
     def fork(self, key: RequestKey, request: Request) -> None:
-        """Queue ``request`` sharing, copy on write, the KV of the tokens it has in common with
-        ``key`` (running, waiting with blocks, or held); ``LifecycleError`` if that has none."""
+        """Queue ``request`` on the KV of the tokens it has in common with ``key``, copy on write.
+
+        ``key`` is running, held, or waits with its blocks; else ``LifecycleError``.
+        """
         self._check(request, export=False)
         self._scheduler.fork(key, request)
 
@@ -144,7 +131,7 @@ class Engine:
         ``KVLayout`` and is not kept. Raises ``LifecycleError`` unless ``key`` is reserved,
         ``ValueError`` for a range or size that does not fit.
         """
-        blocks = self._scheduler.check_import(key, block_lo, block_hi)
+        blocks = self._scheduler.reservations.importable(key, block_lo, block_hi)
         self.pool.import_blocks(layer, blocks, head_lo, head_hi, data)
 
     def start_reserved(
@@ -222,7 +209,7 @@ class Engine:
         started_s = time.perf_counter()
         self._step += 1
         self.pool.copy_blocks(plan.block_copies)
-        results, errors = self._compute(plan.chunks)
+        results, errors = self._runner.run_isolated(plan.chunks, self.kv_sink)
         outputs = [self._fail(key, error) for key, error in errors.items()]
         self._count(plan, errors)
         committed = self._scheduler.commit(
@@ -277,33 +264,6 @@ class Engine:
             if not plan.preempted:
                 return None
 
-    def _compute(
-        self, chunks: Sequence[Chunk]
-    ) -> tuple[dict[RequestKey, Sampled], dict[RequestKey, str]]:
-        """Run the batch; if it fails as a whole, run its requests one by one to find whose fault
-        it is."""
-        exported: set[tuple[RequestKey, int]] = set()
-        try:
-            return self._runner.run(chunks, self.kv_sink, exported)
-        except torch.AcceleratorError as exc:
-            raise EngineError(f"the device failed: {exc}") from exc
-        except Exception as exc:
-            if len(chunks) == 1:
-                return {}, {chunks[0].key: f"{type(exc).__name__}: {exc}"}
-        results: dict[RequestKey, Sampled] = {}
-        errors: dict[RequestKey, str] = {}
-        for chunk in chunks:
-            try:
-                result, error = self._runner.run([chunk], self.kv_sink, exported)
-            except torch.AcceleratorError as exc:
-                raise EngineError(f"the device failed: {exc}") from exc
-            except Exception as exc:
-                errors[chunk.key] = f"{type(exc).__name__}: {exc}"
-            else:
-                results |= result
-                errors |= error
-        return results, errors
-
     def _fail(self, key: RequestKey, error: str) -> RequestOutput:
         request = self._scheduler.get(key)
         offset = request.num_output_tokens if request is not None else 0
@@ -341,34 +301,3 @@ def _output(item: Committed, result: Sampled) -> RequestOutput:
         finish_reason=item.finish_reason,
         num_cached_tokens=item.request.num_cached_tokens,
     )
-
-
-def build_engine(
-    config: EngineConfig,
-    *,
-    kv_sink: KVSink | None = None,
-    order: OrderKey = first_come_first_served,
-    on_progress: Callable[[str, float], None] = lambda what, fraction: None,
-) -> Engine:
-    """Load the model and make an engine for it.
-
-    Raises ``UnsupportedModel``, or ``OutOfMemory`` naming the numbers.
-    """
-    chain = load_model(
-        Path(config.model_path), dtype=config.dtype, device=config.device, on_progress=on_progress
-    )
-    layout = chain.spec.kv_layout(config.block_size)
-    num_blocks = resolve_num_blocks(
-        layout,
-        chain.device,
-        param_bytes=chain.spec.param_bytes,
-        num_blocks=config.num_blocks,
-        kv_cache_bytes=config.kv_cache_bytes,
-        memory_fraction=config.memory_fraction,
-    )
-    on_progress(f"allocating {num_blocks} KV blocks", 0.95)
-    engine = Engine(
-        chain, KVPool(layout, num_blocks, chain.device), config, kv_sink=kv_sink, order=order
-    )
-    on_progress("ready", 1.0)
-    return engine

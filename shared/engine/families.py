@@ -26,6 +26,7 @@ class ModelParts:
     layers: nn.ModuleList
     rotary: nn.Module | None
     head: Callable[[Tensor], Tensor]
+    vocab_size: int
 
 
 def find_parts(model: PreTrainedModel) -> ModelParts:
@@ -33,7 +34,7 @@ def find_parts(model: PreTrainedModel) -> ModelParts:
 
     A match in shape is no proof: ``probe`` compares the pieces with the whole.
     """
-    output = model.get_output_embeddings()
+    output: nn.Linear | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if output is None:
         raise UnsupportedModel(f"{type(model).__name__} has no output embeddings")
     base = getattr(model, model.base_model_prefix, None)
@@ -48,7 +49,7 @@ def find_parts(model: PreTrainedModel) -> ModelParts:
     )
 
 
-def _rotary_positions(config: PreTrainedConfig, base: nn.Module, output: nn.Module) -> ModelParts:
+def _rotary_positions(config: PreTrainedConfig, base: nn.Module, output: nn.Linear) -> ModelParts:
     """The Llama shape: ``embed_tokens``, ``rotary_emb``, ``layers``, a final norm."""
     norm = next((getattr(base, name) for name in FINAL_NORMS if hasattr(base, name)), None)
     rotary = _module(base, "rotary_emb")
@@ -68,10 +69,10 @@ def _rotary_positions(config: PreTrainedConfig, base: nn.Module, output: nn.Modu
     def head(hidden: Tensor) -> Tensor:
         return finish_logits(output(norm(hidden)))
 
-    return ModelParts(embed, _layers(base), rotary, head)
+    return ModelParts(embed, _layers(base), rotary, head, output.out_features)
 
 
-def _learned_positions(decoder: nn.Module, output: nn.Module) -> ModelParts:
+def _learned_positions(decoder: nn.Module, output: nn.Linear) -> ModelParts:
     """The OPT shape: learned positions and maybe projections around the layers."""
     embed_tokens = _module(decoder, "embed_tokens")
     embed_positions = _module(decoder, "embed_positions")
@@ -94,7 +95,7 @@ def _learned_positions(decoder: nn.Module, output: nn.Module) -> ModelParts:
         logits: Tensor = output(hidden)
         return logits
 
-    return ModelParts(embed, _layers(decoder), None, head)
+    return ModelParts(embed, _layers(decoder), None, head, output.out_features)
 
 
 def _logits_finish(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:

@@ -12,7 +12,7 @@ from shared.engine import probe
 from shared.engine.attention import AttentionBatch, TorchAttention
 from shared.engine.families import ModelParts, find_parts
 from shared.engine.spec import ModelSpec, fingerprint
-from shared.errors import OutOfMemory, UnsupportedModel
+from shared.errors import BanyanError, ConfigError, OutOfMemory, UnsupportedModel
 from shared.kvcache.layout import KVLayout
 from shared.kvcache.pool import TORCH_DTYPES, KVPool
 from shared.kvcache.sizing import device_memory_bytes
@@ -35,8 +35,10 @@ class ModelChain:
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states ``[num_tokens, hidden_size]`` of token ids at positions, both
-        ``[num_tokens]`` int64 on the device."""
+        """Hidden states ``[num_tokens, hidden_size]`` of token ids at positions.
+
+        Both are ``[num_tokens]`` int64 on the device.
+        """
         return self._parts.embed(token_ids.unsqueeze(0), positions.unsqueeze(0))[0]
 
     @torch.inference_mode()
@@ -110,7 +112,7 @@ def _read_config(path: Path) -> PreTrainedConfig:
     if not any(path.glob("*.safetensors")):
         raise UnsupportedModel(f"{path} has no *.safetensors; other weight files are not loaded")
     try:
-        config = AutoConfig.from_pretrained(
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
         )
     except Exception as exc:
@@ -124,7 +126,7 @@ def _pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedModel("device cuda was asked for, but torch sees no GPU")
+        raise ConfigError("device='cuda': torch sees no GPU")
     return device
 
 
@@ -139,7 +141,7 @@ def _load(
     path: Path, config: PreTrainedConfig, dtype: str, device: torch.device
 ) -> PreTrainedModel:
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(path),
             config=config,
             dtype=TORCH_DTYPES[dtype],
@@ -148,57 +150,65 @@ def _load(
             trust_remote_code=False,
             use_safetensors=True,
         )
-        return model.to(device).eval().requires_grad_(False)
+        loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+        return loaded
     except (torch.OutOfMemoryError, MemoryError) as exc:
         raise OutOfMemory(f"the weights in {path} do not fit on {device}: {exc}") from exc
     except Exception as exc:
         raise UnsupportedModel(f"{path}: {type(exc).__name__}: {exc}") from exc
 
 
-@torch.inference_mode()
 def _verified_chain(
     path: Path, model: PreTrainedModel, dtype: str, device: torch.device
 ) -> ModelChain:
     """Take the model apart and make sure that the parts do what the whole does."""
     parts = find_parts(model)
-    config = model.config.get_text_config(decoder=True)
-    max_model_len = _max_model_len(config)
+    max_model_len = _max_model_len(model.config)
     num_tokens = min(probe.NUM_PROBE_TOKENS, max_model_len)
-    token_ids = torch.arange(1, num_tokens + 1, device=device) * 7919 % config.vocab_size
+    token_ids = torch.arange(1, num_tokens + 1, device=device) * 7919 % parts.vocab_size
     try:
         notes = probe.observe(model, token_ids.unsqueeze(0))
-    except UnsupportedModel:
+        if len(notes.layers) != len(parts.layers):
+            raise UnsupportedModel(f"{len(notes.layers)} of {len(parts.layers)} layers attend")
+        spec = _make_spec(path, model, parts, notes, dtype, max_model_len)
+        chain = ModelChain(parts, spec, device)
+        probe.compare(model, token_ids.unsqueeze(0), _probe_logits(chain, token_ids), dtype)
+    except BanyanError:
         raise
     except Exception as exc:
         raise UnsupportedModel(f"{type(model).__name__}: {type(exc).__name__}: {exc}") from exc
-    if len(notes.layers) != len(parts.layers):
-        raise UnsupportedModel(f"{len(notes.layers)} of {len(parts.layers)} layers attend")
-    layout = KVLayout(layers=tuple(notes.layers), dtype=dtype)
-    parameters = {p.data_ptr(): p.nbytes for p in model.parameters()}
-    chain = ModelChain(
-        parts,
-        ModelSpec(
-            architecture=type(model).__name__,
-            num_layers=len(parts.layers),
-            num_kv_heads=notes.layers[0].num_kv_heads,
-            head_dim=notes.layers[0].head_dim,
-            hidden_size=config.hidden_size,
-            vocab_size=model.get_output_embeddings().weight.shape[0],
-            max_model_len=max_model_len,
-            eos_token_ids=_eos_token_ids(model),
-            dtype=dtype,
-            fingerprint=fingerprint(path, dtype),
-            param_bytes=sum(parameters.values()),
-            kv_bytes_per_token=layout.token_bytes,
-            kv_layers=layout.layers,
-            sliding_windows=tuple(notes.windows),
-        ),
-        device,
-    )
-    probe.compare(model, token_ids.unsqueeze(0), _probe_logits(chain, token_ids), dtype)
     return chain
 
 
+def _make_spec(
+    path: Path,
+    model: PreTrainedModel,
+    parts: ModelParts,
+    notes: probe.AttentionNotes,
+    dtype: str,
+    max_model_len: int,
+) -> ModelSpec:
+    layout = KVLayout(layers=tuple(notes.layers), dtype=dtype)
+    param_bytes = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
+    return ModelSpec(
+        architecture=type(model).__name__,
+        num_layers=len(parts.layers),
+        num_kv_heads=notes.layers[0].num_kv_heads,
+        head_dim=notes.layers[0].head_dim,
+        hidden_size=model.config.hidden_size,
+        vocab_size=parts.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=_eos_token_ids(model),
+        dtype=dtype,
+        fingerprint=fingerprint(path, dtype),
+        param_bytes=sum(param_bytes.values()),
+        kv_bytes_per_token=layout.token_bytes,
+        kv_layers=layout.layers,
+        sliding_windows=tuple(notes.windows),
+    )
+
+
+@torch.inference_mode()
 def _probe_logits(chain: ModelChain, token_ids: Tensor) -> Tensor:
     """Logits of all tokens by our loop, in two chunks so that the cache is read too."""
     num_tokens = token_ids.shape[0]

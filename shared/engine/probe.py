@@ -51,6 +51,7 @@ def register_attention() -> None:
     AttentionMaskInterface.register(PAGED_ATTENTION, _note_mask)
 
 
+@torch.inference_mode()
 def observe(model: PreTrainedModel, token_ids: Tensor) -> AttentionNotes:
     """Run the whole model on ``token_ids`` ``[1, num_tokens]`` and note what attention was asked.
 
@@ -63,6 +64,7 @@ def observe(model: PreTrainedModel, token_ids: Tensor) -> AttentionNotes:
     return notes
 
 
+@torch.inference_mode()
 def compare(model: PreTrainedModel, token_ids: Tensor, logits: Tensor, dtype: str) -> None:
     """Check ``logits`` ``[num_tokens, vocab_size]`` of our chain against the model's own.
 
@@ -95,8 +97,10 @@ def _attention(
     banyan_notes: AttentionNotes | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function transformers' layers call: ``[1, num_heads, num_tokens, head_dim]``
-    in, ``[1, num_tokens, num_heads, head_dim]`` out."""
+    """The attention function that transformers' layers call.
+
+    ``[1, num_heads, num_tokens, head_dim]`` in, ``[1, num_tokens, num_heads, head_dim]`` out.
+    """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if banyan_batch is not None:
         output: Tensor = banyan_batch.backend.forward(

@@ -7,10 +7,11 @@ import torch
 
 from shared.core.batch_plan import Chunk
 from shared.core.request import RequestKey, TokenLogprobs
-from shared.engine.attention import AttentionBatch, AttentionBackend
+from shared.engine.attention import AttentionBackend, AttentionBatch
 from shared.engine.model import ModelChain
 from shared.engine.outputs import KVExport, KVSink
 from shared.engine.sampler import SamplingRow, sample
+from shared.errors import EngineError
 from shared.kvcache.pool import KVPool
 
 
@@ -29,6 +30,33 @@ class ModelRunner:
         self._chain = chain
         self._pool = pool
         self._backend = backend
+
+    def run_isolated(
+        self, chunks: Sequence[Chunk], kv_sink: KVSink | None
+    ) -> tuple[dict[RequestKey, Sampled], dict[RequestKey, str]]:
+        """``run``, and if that fails each request alone, to find the one whose fault it is.
+
+        Raises ``EngineError`` only if the device itself has failed.
+        """
+        exported: set[tuple[RequestKey, int]] = set()
+        results: dict[RequestKey, Sampled] = {}
+        errors: dict[RequestKey, str] = {}
+        attempts = [list(chunks)]
+        while attempts:
+            attempt = attempts.pop(0)
+            try:
+                sampled, failed = self.run(attempt, kv_sink, exported)
+            except torch.AcceleratorError as exc:
+                raise EngineError(f"the device failed: {exc}") from exc
+            except Exception as exc:
+                if len(attempt) > 1:
+                    attempts = [[chunk] for chunk in attempt]
+                else:
+                    errors[attempt[0].key] = f"{type(exc).__name__}: {exc}"
+            else:
+                results |= sampled
+                errors |= failed
+        return results, errors
 
     def run(
         self,

@@ -44,15 +44,15 @@ def sample(
 
     ``mask`` (bool, same shape) is ``True`` where a token is allowed. A row's result depends on its
     own logits, parameters and position only, not on the other rows: the random number is
-    ``uniform(seed, position)`` and picks by inversion of the cumulative distribution. Order:
-    mask and ``min_tokens``, temperature, ``top_k``, ``top_p`` (of what is left); ``logprobs`` are of the
-    distribution before any of these.
+    ``uniform(seed, position)`` and picks by inversion of the cumulative distribution. Order: mask
+    and ``min_tokens``, temperature, ``top_k``, ``top_p`` (of what is left); ``logprobs`` are of
+    the distribution before any of these.
     """
     scores = _forbid(logits, rows, mask)
     best_scores, best = scores.max(dim=-1)
     is_valid = torch.isfinite(best_scores).tolist()
     chosen = best.clone()
-    for index in _random_groups(rows):
+    for index in _random_groups(rows, is_valid):
         group = torch.tensor(index, device=logits.device)
         chosen[group] = _draw(scores[group], [rows[i] for i in index])
     logprobs = _logprobs(logits, chosen, rows)
@@ -80,11 +80,11 @@ def _forbid(logits: Tensor, rows: Sequence[SamplingRow], mask: Tensor | None) ->
     return scores
 
 
-def _random_groups(rows: Sequence[SamplingRow]) -> list[list[int]]:
-    """Rows to be drawn at random, those cut the same way together."""
+def _random_groups(rows: Sequence[SamplingRow], is_valid: Sequence[bool]) -> list[list[int]]:
+    """Valid rows to be drawn at random, those cut the same way together."""
     groups: dict[tuple[int | None, bool], list[int]] = {}
     for index, row in enumerate(rows):
-        if not row.params.is_greedy:
+        if is_valid[index] and not row.params.is_greedy:
             cut = (row.params.top_k, row.params.top_p < 1.0)
             groups.setdefault(cut, []).append(index)
     return list(groups.values())
@@ -92,35 +92,49 @@ def _random_groups(rows: Sequence[SamplingRow]) -> list[list[int]]:
 
 def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Token ids ``[num_rows]``; all rows have the same ``top_k`` and use ``top_p`` or do not."""
-    device = scores.device
-    temperature = [row.params.temperature for row in rows]
-    scaled = (
-        scores.double() / torch.tensor(temperature, dtype=torch.float64, device=device)[:, None]
-    )
-    # Large scores over a tiny temperature stay finite.
-    probs = torch.softmax(scaled - scaled.amax(dim=-1, keepdim=True), dim=-1)
-    random = [uniform(row.params.seed, row.position) for row in rows]
-    target = torch.tensor(random, dtype=torch.float64, device=device)[:, None]
-    top_k, top_p = rows[0].params.top_k, [row.params.top_p for row in rows]
-    if top_k is None and min(top_p) >= 1.0:
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=scores.device)[:, None]
+
+    # Relative to the best one, so that a tiny temperature cannot overflow.
+    relative = scores.double() - scores.amax(dim=-1, keepdim=True)
+    probs = torch.softmax(relative / column([row.params.temperature for row in rows]), dim=-1)
+    target = column([uniform(row.params.seed, row.position) for row in rows])
+    top_p = column([row.params.top_p for row in rows])
+    top_k, vocab_size = rows[0].params.top_k, scores.shape[-1]
+    if top_k is None and bool((top_p >= 1.0).all()):
         return _invert(probs, target)
-    vocab_size = scores.shape[-1]
-    limit = torch.tensor(top_p, dtype=torch.float64, device=device)[:, None]
-    count = min(vocab_size, top_k or NUCLEUS_CANDIDATES)
+    if top_k is not None:
+        return _draw_from_top(probs, target, top_p, min(top_k, vocab_size), is_top_k=True)
+    count = min(NUCLEUS_CANDIDATES, vocab_size)
+    chosen = _draw_from_top(probs, target, top_p, count)
+    is_wider = probs.topk(count, dim=-1).values.sum(dim=-1) < top_p[:, 0]
+    if count < vocab_size and bool(is_wider.any()):
+        chosen[is_wider] = _draw_from_top(
+            probs[is_wider], target[is_wider], top_p[is_wider], vocab_size
+        )
+    return chosen
+
+
+def _draw_from_top(
+    probs: Tensor, target: Tensor, top_p: Tensor, count: int, *, is_top_k: bool = False
+) -> Tensor:
+    """Draw from the nucleus among the ``count`` most likely tokens.
+
+    With ``is_top_k`` they are the whole distribution, of which ``top_p`` is a share.
+    """
     candidates, ids = probs.topk(count, dim=-1)
-    if top_k is None:
-        is_short = bool((candidates.sum(dim=-1, keepdim=True) < limit).any())
-        if is_short and count < vocab_size:
-            candidates, ids = probs.topk(vocab_size, dim=-1)
-    return ids.gather(1, _invert(_nucleus(candidates, limit, top_k is not None), target)[:, None])[
-        :, 0
-    ]
-
-
-def _nucleus(candidates: Tensor, top_p: Tensor, renormalise: bool) -> Tensor:
-    """Zero what lies behind the smallest set of most likely tokens that reaches ``top_p``."""
-    if renormalise:
+    # Equal probabilities in the order of their ids, whatever order ``topk`` has left them in.
+    ids, order = ids.sort(dim=-1)
+    candidates, resorted = candidates.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    if is_top_k:
         candidates = candidates / candidates.sum(dim=-1, keepdim=True)
+    index = _invert(_nucleus(candidates, top_p), target)
+    return ids.gather(1, resorted).gather(1, index[:, None])[:, 0]
+
+
+def _nucleus(candidates: Tensor, top_p: Tensor) -> Tensor:
+    """Zero what lies behind the smallest set of most likely tokens that reaches ``top_p``."""
     before = candidates.cumsum(dim=-1) - candidates
     kept = (before < top_p) | (top_p >= 1.0)
     kept[:, 0] = True
@@ -128,7 +142,7 @@ def _nucleus(candidates: Tensor, top_p: Tensor, renormalise: bool) -> Tensor:
 
 
 def _invert(weights: Tensor, target: Tensor) -> Tensor:
-    """Index ``[num_rows]`` at which the running sum of ``weights`` passes ``target`` of the whole."""
+    """Index ``[num_rows]`` where the running sum of ``weights`` passes ``target`` of the whole."""
     running = weights.cumsum(dim=-1)
     total = running[:, -1:].contiguous()
     index = torch.searchsorted(running, target * total, right=True)

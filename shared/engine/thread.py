@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from shared.kvcache.layout import KVLayout
 
 Progress = Callable[[str, float], None]
 """``(what, fraction)``: how far loading is, called in the engine's thread."""
+
+T = TypeVar("T")
 
 FULL_INBOX_RETRY_S = 0.1
 
@@ -79,7 +81,7 @@ class EngineThread:
         self._thread.start()
         return self._ready
 
-    def call[T](self, function: Callable[[Engine], T]) -> Future[T]:
+    def call(self, function: Callable[[Engine], T]) -> Future[T]:
         """Run ``function`` in the thread before the next iteration, in the order of the calls.
 
         Never blocks. The future gets its result or exception; ``Refused`` if ``max_pending_calls``
@@ -153,10 +155,10 @@ class EngineThread:
                 self._changed.wait()
             if self._is_stopping:
                 return False
-            calls = list(self._inbox)
+            calls = deque(self._inbox)
             self._inbox.clear()
         while calls:
-            function, future = calls.pop(0)
+            function, future = calls.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             try:

@@ -28,7 +28,7 @@ class LayerPool:
         self.tensor = _zeros(size, TORCH_DTYPES[dtype], device)
 
     def export_blocks(self, block_ids: Sequence[int], head_lo: int, head_hi: int) -> Tensor:
-        """Copy of ``[len(block_ids), head_hi - head_lo, 2, block_size, head_dim]``, on the device."""
+        """Copy on the device: ``[len(block_ids), num_heads, 2, block_size, head_dim]``."""
         ids = self._ids(block_ids, head_lo, head_hi)
         return self.tensor[:, head_lo:head_hi].index_select(0, ids)
 
@@ -99,8 +99,10 @@ class KVPool:
         head_hi: int,
         data: bytes | memoryview | NDArray[np.uint8],
     ) -> None:
-        """Write bytes made by ``export_blocks`` of a pool with the same layout; ``data`` is read
-        before this returns and not kept. Raises ``ValueError`` if sizes or ranges do not fit."""
+        """Write bytes made by ``export_blocks`` of a pool with the same layout.
+
+        ``data`` is not kept. Raises ``ValueError`` if sizes or ranges do not fit.
+        """
         pool = self._layer(layer)
         source = np.frombuffer(data, dtype=np.uint8)
         expected = len(block_ids) * (head_hi - head_lo) * self.layout.head_bytes(layer)

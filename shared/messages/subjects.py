@@ -20,8 +20,9 @@ subject (under ``banyan.v1.``)            from → to                kind
 ``control.<instance>.<verb>``             CLI, leader → service    request/reply
 ========================================  =======================  ==============================
 
-A name becomes one token of a subject: whatever NATS gives a meaning to is percent-encoded, so that
-a model called ``Qwen2.5`` stays one token.
+A name becomes one token of a subject: whatever is not a letter, digit, ``_`` or ``-`` is written as
+``=`` and two hex digits a byte, so that a model called ``Qwen2.5`` stays one token (``Qwen2=2E5``).
+The same tokens are valid in lease keys.
 """
 
 import re
@@ -34,7 +35,7 @@ def token(name: str) -> str:
     """``name`` as one subject token; distinct names give distinct tokens."""
     if not name:
         raise ValueError("an empty name cannot be part of a subject")
-    return _UNSAFE.sub(lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), name)
+    return _UNSAFE.sub(lambda m: "".join(f"={b:02X}" for b in m[0].encode()), name)
 
 
 def requests(model: str) -> str:

@@ -89,7 +89,7 @@ class KVSender:
             target,
             index,
             PieceKind.KV,
-            memoryview(export.data)[offset:],
+            export.data.data[offset:],
             layer=export.layer,
             block_lo=export.block_lo + skipped,
             block_hi=export.block_hi,

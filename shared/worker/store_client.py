@@ -204,7 +204,7 @@ class StoreClient:
         await self._transport.send(
             accepted.address,
             header,
-            memoryview(export.data)[start : start + num_bytes],
+            export.data.data[start : start + num_bytes],
             timeout_s=self._piece_timeout_s,
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from shared.bus.base import Bus
 from shared.core.membership import Membership
 from shared.core.request import RequestKey
-from shared.engine.engine import build_engine
+from shared.engine.build import build_engine
 from shared.engine.outputs import KVExport, RequestOutput, StepOutput
 from shared.engine.thread import EngineInfo, EngineThread
 from shared.errors import BusError

@@ -1,0 +1,42 @@
+"""Settings of the gateway (``BANYAN_GATEWAY_…``)."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, field_validator
+
+from shared.config import ServiceSettings
+
+
+class GatewaySettings(ServiceSettings):
+    """What the gateway can be told."""
+
+    service: ClassVar[str] = "gateway"
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    max_body_bytes: int = Field(default=8 * 1024 * 1024, gt=0)
+    max_model_len: int | None = Field(default=None, gt=0)
+
+    accept_timeout_s: float = Field(default=10.0, gt=0)
+    """How long a new request waits for a scheduler to take it before it is refused with 503."""
+    submit_timeout_s: float = Field(default=2.0, gt=0)
+    """Deadline of one submission or closing; it is repeated."""
+    silence_s: float = Field(default=1.0, gt=0)
+    """A request that was silent for this long is asked after."""
+    gap_patience_s: float = Field(default=0.1, gt=0)
+    """How long missing tokens may be late before they are asked for."""
+    since_timeout_s: float = Field(default=0.5, gt=0)
+    max_failures: int = Field(default=3, ge=0)
+    """Attempts that workers may give up on before the request fails."""
+    max_outage_s: float = Field(default=60.0, gt=0)
+    """How long an accepted request outlives a suite without scheduler."""
+    close_timeout_s: float = Field(default=30.0, gt=0)
+    instance_ttl_s: float = Field(default=2.0, gt=0)
+
+    @field_validator("model")
+    @classmethod
+    def _is_a_directory(cls, value: str) -> str:
+        if not Path(value).is_dir():
+            raise ValueError("must be a directory (a Hub id is fetched by `banyan up` before)")
+        return value

@@ -1,0 +1,84 @@
+"""How two transports find each other: the address, and the greeting on a new connection."""
+
+import secrets
+import socket
+from typing import Literal
+
+import msgspec
+
+from shared.errors import PeerGone, ProtocolError
+
+MAX_ADDRESS_BYTES = 1024
+TOKEN_BYTES = 16
+
+Kind = Literal["memory", "tcp", "ucx", "tcp-channel", "ucx-channel", "memory-channel"]
+
+
+class Address(msgspec.Struct, frozen=True, array_like=True, tag="a1"):
+    """Where a transport or a channel end listens, and the secret that lets a peer in.
+
+    ``token`` is new with every start, so that an address of a former process whose port somebody
+    else has by now leads nowhere.
+    """
+
+    kind: Kind
+    host: str
+    port: int
+    token: bytes
+
+    def encode(self) -> bytes:
+        """The address as opaque bytes."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes, kind: Kind) -> "Address":
+        """The address in ``data``; raises ``PeerGone`` if it is none or one of another kind."""
+        try:
+            address = msgspec.msgpack.decode(data, type=cls)
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            raise PeerGone(f"not the address of a {kind} peer: {error}") from error
+        if address.kind != kind:
+            raise PeerGone(f"the peer speaks {address.kind}, this side {kind}")
+        return address
+
+
+class Greeting(msgspec.Struct, frozen=True, array_like=True, tag="g1"):
+    """The first message on a connection, in both directions.
+
+    ``token`` is the one of the address that was dialled; ``sender`` the dialling side's own
+    address; ``channel_id`` is used by channels; ``worker_address`` is the UCX worker to talk to.
+    """
+
+    token: bytes
+    sender: bytes
+    channel_id: int = 0
+    worker_address: bytes = b""
+
+    def encode(self) -> bytes:
+        """The greeting as bytes."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes | memoryview, token: bytes) -> "Greeting":
+        """The greeting in ``data``; raises ``ProtocolError`` if it is none or not meant for us."""
+        try:
+            greeting = msgspec.msgpack.decode(data, type=cls)
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            raise ProtocolError(f"not a greeting: {error}") from error
+        if not secrets.compare_digest(greeting.token, token):
+            raise ProtocolError("a greeting for somebody else")
+        return greeting
+
+
+def new_token() -> bytes:
+    """A secret for one start of one listener."""
+    return secrets.token_bytes(TOKEN_BYTES)
+
+
+def advertised_host(bound_host: str) -> str:
+    """The host that peers are told; may ask the resolver when bound to all interfaces."""
+    if bound_host in ("", "0.0.0.0", "::"):
+        family = socket.AF_INET6 if bound_host == "::" else socket.AF_INET
+        found = socket.getaddrinfo(socket.gethostname(), None, family, socket.SOCK_STREAM)
+        return str(found[0][4][0])
+    return bound_host

@@ -1,0 +1,36 @@
+"""What holds for every test: a clean environment, one torch thread, no GPU unless there is one."""
+
+import importlib.util
+import os
+
+import hypothesis
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settings of the shell are none of the tests'; threads are not to fight for the cores."""
+    for name in list(os.environ):
+        if name.upper().startswith("BANYAN_"):
+            del os.environ[name]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # Speed is not what a property test is about, and a busy machine would fail it.
+    hypothesis.settings.register_profile("banyan", deadline=None)
+    hypothesis.settings.load_profile("banyan")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU, and say so, where there is none."""
+    needing = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if needing and not _has_gpu():
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, there is none"))
+
+
+def _has_gpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
