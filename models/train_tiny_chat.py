@@ -45,7 +45,6 @@ CHAT_TEMPLATE = (
 VOCAB_SIZE = 8192
 MAX_POSITIONS = 8192
 WIDTHS = (64, 96, 128, 192, 256, 384, 768)
-NUM_VALIDATION_ROWS = 1000
 CHUNKS_PER_EPOCH = 200
 CHUNK_TOKENS = 384
 PROMPT_WEIGHT, ANSWER_WEIGHT, DOCUMENT_WEIGHT = 0.1, 1.0, 0.5
@@ -210,7 +209,7 @@ def make_model(device: torch.device) -> LlamaForCausalLM:
     )
     config._attn_implementation = "eager"
     model = LlamaForCausalLM(config)
-    model.to(device=device, dtype=torch.bfloat16)
+    model.to(device=device, dtype=torch.bfloat16)  # type: ignore[call-arg]
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=END, pad_token_id=PAD)
     return model
 
@@ -361,6 +360,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="how long to train")
     parser.add_argument("--tokens-per-step", type=int, default=4608)
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--validation-rows", type=int, default=1000, help="rows held out")
     arguments = parser.parse_args()
 
     random.seed(0)
@@ -384,7 +384,8 @@ def main() -> None:
 
     rows = encode_examples(examples, encode)
     random.shuffle(rows)
-    validation, training = rows[:NUM_VALIDATION_ROWS], rows[NUM_VALIDATION_ROWS:]
+    held_out = arguments.validation_rows
+    validation, training = rows[:held_out], rows[held_out:]
     chunks = encode_documents(documents, encode)
     model = make_model(device)
     num_params = sum(param.numel() for param in model.parameters())

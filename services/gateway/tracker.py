@@ -346,9 +346,7 @@ class RequestTracker:
             case AttemptPlaced():
                 tracked = self._tracked.get(message.request_id)
                 if tracked is not None:
-                    tracked.live.on_placed(
-                        message.attempt, message.instances, self._clock.now_s()
-                    )
+                    tracked.live.on_placed(message.attempt, message.instances, self._clock.now_s())
             case AttemptLost():
                 tracked = self._tracked.get(message.request_id)
                 if tracked is not None:

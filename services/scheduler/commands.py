@@ -102,9 +102,7 @@ class WorkerCommands:
 
     async def _abort(self, instance: str, keys: tuple[RequestKey, ...], reason: str) -> None:
         try:
-            command = AbortRequests(
-                leader_epoch=self._leader_epoch(), requests=keys, reason=reason
-            )
+            command = AbortRequests(leader_epoch=self._leader_epoch(), requests=keys, reason=reason)
             subject = self._subject(instance, "abort")
             await self._bus.request(subject, command, Done, timeout_s=self._timeout_s)
         except (BusError, ProtocolError) as error:

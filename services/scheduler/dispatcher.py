@@ -148,9 +148,7 @@ class Dispatcher:
             self._table.leave_batch(entry)
             self.enqueue(entry)
 
-    async def _place(
-        self, batch_id: int, prefill: str, entries: list[Entry], pools: Pools
-    ) -> None:
+    async def _place(self, batch_id: int, prefill: str, entries: list[Entry], pools: Pools) -> None:
         items = await asyncio.gather(*(self._reserve(entry, prefill, pools) for entry in entries))
         started = [item for item in items if item is not None]
         keys = {item.request.key for item in started}

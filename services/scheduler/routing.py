@@ -78,8 +78,6 @@ def capacity_of(pools: Pools, limits: RoutingLimits) -> Capacity:
 def choose_decode(pools: Pools, *, num_blocks: int, kv_layout: str) -> Worker | None:
     """The least loaded decode worker that shares ``kv_layout`` and has ``num_blocks`` free."""
     fitting = [
-        w
-        for w in pools.decode
-        if w.free_blocks >= num_blocks and w.report.kv_layout == kv_layout
+        w for w in pools.decode if w.free_blocks >= num_blocks and w.report.kv_layout == kv_layout
     ]
     return min(fitting, key=load_key, default=None)

@@ -209,9 +209,7 @@ class Term:
         if entry.status is EntryStatus.LOST or entry.request.attempt != attempt:
             return self._reply(request_id, attempt, SubmitStatus.LOST, reason=entry.lost_reason)
         if entry.status is EntryStatus.PLACED:
-            return self._reply(
-                request_id, attempt, SubmitStatus.PLACED, instances=entry.instances
-            )
+            return self._reply(request_id, attempt, SubmitStatus.PLACED, instances=entry.instances)
         return self._reply(request_id, attempt, SubmitStatus.QUEUED)
 
     def _reply(

@@ -62,6 +62,7 @@ class LeaderElection:
         self._rival_seen = False
         self._term: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
+        self._reconnected = asyncio.Event()
 
     @property
     def is_leader(self) -> bool:
@@ -74,6 +75,11 @@ class LeaderElection:
     def epoch(self) -> int | None:
         """The epoch of the present term, ``None`` when not leading."""
         return self._epoch if self.is_leader else None
+
+    @property
+    def has_rival(self) -> bool:
+        """Whether another candidate held the lease when last looked at: we stand by."""
+        return self._rival_seen
 
     async def run(self) -> None:
         """Campaign and lead until cancelled; then end the term and release the lease."""
@@ -94,6 +100,7 @@ class LeaderElection:
             await self._retire()
 
     async def _on_reconnect(self) -> None:
+        self._reconnected.set()
         self._wake.set()
 
     async def _watch(self) -> None:
@@ -108,9 +115,17 @@ class LeaderElection:
                             self._rival_seen = False
                         self._wake.set()
             except BusError as error:
-                # The timer of the campaign does until this works.
+                # Until this works the timer of the campaign has to do.
                 logger.info("%s cannot watch %s: %s", self._candidate, self._key, error)
-                await asyncio.sleep(self._ttl_s)
+                await self._bus_back_or(self._ttl_s / _RENEWALS_PER_TTL)
+
+    async def _bus_back_or(self, timeout_s: float) -> None:
+        self._reconnected.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._reconnected.wait()
+        except TimeoutError:
+            return
 
     async def _sleep(self) -> None:
         """Until something happens or the next renewal or attempt is due."""

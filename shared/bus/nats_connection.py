@@ -174,6 +174,7 @@ class NatsConnection:
         self._link: NatsLink | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._first_up: asyncio.Future[None] | None = None
+        self._is_closing = False
         self._num_errors_in_row = 0
         self._last_error: Exception | None = None
         self.num_permission_violations = 0
@@ -196,16 +197,10 @@ class NatsConnection:
         self._supervisor = asyncio.create_task(self._supervise(), name="nats connection")
         timeout_s = self._options.connect_timeout_s
         try:
-            await asyncio.wait(
-                {self._first_up, self._supervisor},
-                timeout=timeout_s,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            await asyncio.wait({self._first_up}, timeout=timeout_s)
             if self._first_up.done():
                 self._first_up.result()
                 return
-            if self._supervisor.done():
-                self._supervisor.result()
             raise BusDisconnected(
                 f"no connection to NATS at {', '.join(self._options.servers)} within "
                 f"{timeout_s:g} s: {self._last_error!r}"
@@ -216,14 +211,16 @@ class NatsConnection:
 
     async def close(self) -> None:
         """Disconnect for good."""
-        if self._supervisor is not None:
+        self._is_closing = True
+        while self._supervisor is not None and not self._supervisor.done():
+            # More than once, because nats-py swallows a cancellation in some places.
             self._supervisor.cancel()
-            await asyncio.wait({self._supervisor})
+            await asyncio.wait({self._supervisor}, timeout=0.1)
         if self._first_up is not None:
             self._first_up.cancel()
 
     async def _supervise(self) -> None:
-        while True:
+        while not self._is_closing:
             link = NatsLink(Client())
             try:
                 await self._dial(link)
@@ -235,8 +232,10 @@ class NatsConnection:
                     self._first_up.set_result(None)
                 await self._watch(link)
                 logger.warning("lost the connection to NATS: %r", self._last_error)
-            except (BusDisconnected, BusTimeout, *LOST_ERRORS) as error:
-                logger.warning("a connection to NATS broke at once: %r", error)
+            except Exception as error:
+                # Of whatever kind: a bus that stays silent for ever is worse than one more attempt.
+                self._last_error = error
+                logger.warning("could not use a connection to NATS", exc_info=True)
                 await asyncio.sleep(self._options.reconnect_wait_s)
             finally:
                 if self._link is link:

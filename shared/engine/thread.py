@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ Progress = Callable[[str, float], None]
 """``(what, fraction)``: how far loading is, called in the engine's thread."""
 
 T = TypeVar("T")
+_Call = tuple[Callable[[Engine], Any], Future[Any]]
 
 FULL_INBOX_RETRY_S = 0.1
 
@@ -60,7 +61,7 @@ class EngineThread:
         self._on_progress = on_progress
         self._num_threads = num_threads
         self._max_pending_calls = max_pending_calls
-        self._inbox: deque[tuple[Callable[[Engine], Any], Future[Any]]] = deque()
+        self._inbox: deque[_Call] = deque()
         self._changed = threading.Condition()
         self._is_stopping = False
         self._ready: Future[EngineInfo] = Future()
@@ -181,7 +182,7 @@ class EngineThread:
         self._fail(calls, EngineError(f"the engine has stopped: {cause}"))
 
     @staticmethod
-    def _fail(calls: list[tuple[Callable[[Engine], Any], Future[Any]]], error: EngineError) -> None:
+    def _fail(calls: Iterable[_Call], error: EngineError) -> None:
         for _, future in calls:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)

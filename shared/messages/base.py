@@ -15,7 +15,6 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     """
 
 
-
 M = TypeVar("M", bound=Message)
 
 

@@ -4,7 +4,7 @@ Every frame has a head of 24 bytes: type, length of the body, transfer, piece (s
 bodies:
 
 ========  ==========================================================================
-GREETING  a ``Greeting``; first frame in both directions
+GREETING  a ``Greeting``, the first frame of whoever dials; UCX answers with its own
 OFFER     a packed ``PieceHeader`` and, up to ``INLINE_BYTES``, the payload
 ACCEPT    empty: send the payload of this piece
 REFUSE    empty: nobody wants (the rest of) this piece
@@ -18,16 +18,13 @@ import enum
 import struct
 from typing import Protocol
 
-from shared.errors import ProtocolError
+from shared.errors import PeerGone, ProtocolError
 
 _HEAD = struct.Struct("<BxxxIQI4x")
 _MAX_CONTROL_BYTES = 16 << 10
 _SCRATCH_BYTES = 128 << 10
 _MAX_READ_BYTES = 1 << 20
 """A single read copies at most this much, about 0.2 ms."""
-
-CHUNK_BYTES = 256 << 10
-"""Data is written in chunks of this size, so that pieces on one connection take turns."""
 
 
 class FrameType(enum.IntEnum):
@@ -42,13 +39,16 @@ class FrameType(enum.IntEnum):
 
 
 class FrameHandler(Protocol):
-    """Who gets what a ``FrameConnection`` reads. May raise ``ProtocolError``: it closes it."""
+    """Who gets what a ``FrameConnection`` reads; a ``ProtocolError`` raised here closes it."""
+
+    def on_made(self) -> None:
+        """The connection stands, with TLS if there is any."""
 
     def on_frame(self, kind: FrameType, transfer_id: int, piece: int, body: memoryview) -> None:
         """A control frame; ``body`` is valid only during the call."""
 
     def data_target(self, transfer_id: int, piece: int, nbytes: int) -> memoryview:
-        """Where the next ``nbytes`` bytes of this piece go."""
+        """Where the next ``nbytes`` bytes of this piece go: a view of exactly that size."""
 
     def on_data(self, transfer_id: int, piece: int, nbytes: int) -> None:
         """The bytes are there."""
@@ -60,8 +60,8 @@ class FrameHandler(Protocol):
 class FrameConnection(asyncio.BufferedProtocol):
     """One connection; reads into scratch memory, or straight into where data goes."""
 
-    def __init__(self) -> None:
-        self._handler: FrameHandler | None = None
+    def __init__(self, handler: FrameHandler) -> None:
+        self._handler = handler
         self._transport: asyncio.Transport | None = None
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._filled = 0
@@ -69,54 +69,64 @@ class FrameConnection(asyncio.BufferedProtocol):
         self._target_filled = 0
         self._target_of = (0, 0)
         self._reason = "the peer closed the connection"
-        self._is_lost = False
+        self._lost = asyncio.Event()
         self._write_lock = asyncio.Lock()
         self._room: asyncio.Future[None] | None = None
-
-    def set_handler(self, handler: FrameHandler) -> None:
-        """Who reads from here; to be set before anything arrives."""
-        self._handler = handler
+        self.num_abandoned = 0
+        """Writes whose caller was cancelled while the data was still waiting to be sent."""
+        self.abandoned_bytes = 0
 
     @property
     def is_lost(self) -> bool:
         """Nothing can be sent any more."""
-        return self._is_lost or self._transport is None or self._transport.is_closing()
+        return self._transport is None or self._transport.is_closing()
 
     def send_control(
         self, kind: FrameType, transfer_id: int = 0, piece: int = 0, body: bytes = b""
     ) -> None:
-        """Send a small frame; lost silently if the connection is."""
+        """Send a small frame at once; lost silently if the connection is."""
         if self._transport is not None and not self.is_lost:
-            head = _HEAD.pack(kind, len(body), transfer_id, piece)
-            self._transport.write(head + body)
+            self._transport.write(_HEAD.pack(kind, len(body), transfer_id, piece) + body)
 
-    async def send_data(self, transfer_id: int, piece: int, chunk: memoryview) -> None:
-        """Send at most ``CHUNK_BYTES``; return when the memory is free.
+    async def send(
+        self, kind: FrameType, transfer_id: int, piece: int, body: bytes | memoryview
+    ) -> None:
+        """Send a frame when there is room; return when the body's memory is free.
 
-        Frames stay whole when this is cancelled: then ``chunk`` is referred to until it is sent.
-        Raises ``ConnectionError`` when the connection is gone.
+        A frame stays whole when this is cancelled: then ``body`` is referred to until it is sent
+        or the connection is closed. Raises ``PeerGone`` when the connection is gone.
         """
         async with self._write_lock:
+            await self._drained()
             if self._transport is None or self.is_lost:
-                raise ConnectionResetError(self._reason)
-            self._transport.write(_HEAD.pack(FrameType.DATA, chunk.nbytes, transfer_id, piece))
-            self._transport.write(chunk)
-            if self._room is not None:
-                await asyncio.shield(self._room)
+                raise PeerGone(self._reason)
+            self._transport.write(_HEAD.pack(kind, len(body), transfer_id, piece))
+            self._transport.write(body)
+            try:
+                await self._drained()
+            except asyncio.CancelledError:
+                self._abandon(len(body))
+                raise
 
     def close(self, reason: str) -> None:
-        """Close, dropping what is not sent yet; ``on_lost`` follows."""
-        if not self._is_lost:
-            self._reason = reason
+        """Close, dropping what is not sent yet; the handler's ``on_lost`` follows."""
+        self._reason = reason
         if self._transport is not None:
             self._transport.abort()
+
+    async def wait_lost(self) -> None:
+        """Return when the connection is gone and the handler knows."""
+        await self._lost.wait()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Asyncio's callback."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        # Paused while anything is unsent: when there is room, the caller's memory is free.
-        transport.set_write_buffer_limits(high=0)
+        # Paused while anything is unsent, so that room means that the caller's memory is free.
+        # TLS compares with >=, and would never resume with 0.
+        is_tls = transport.get_extra_info("sslcontext") is not None
+        transport.set_write_buffer_limits(high=1 if is_tls else 0, low=0)
+        self._handler.on_made()
 
     def pause_writing(self) -> None:
         """Asyncio's callback."""
@@ -124,22 +134,18 @@ class FrameConnection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         """Asyncio's callback."""
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
-        self._room = None
+        room, self._room = self._room, None
+        if room is not None:
+            room.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Asyncio's callback."""
-        self._is_lost = True
         if exc is not None:
             self._reason = f"the connection failed: {exc}"
-        if self._room is not None and not self._room.done():
-            self._room.set_exception(ConnectionResetError(self._reason))
-            self._room.exception()
-        if self._handler is not None:
-            self._handler.on_lost(self._reason)
-        self._handler = None
+        self.resume_writing()
         self._target = None
+        self._lost.set()
+        self._handler.on_lost(self._reason)
 
     def eof_received(self) -> bool:
         """Asyncio's callback: no half-open connections."""
@@ -155,50 +161,56 @@ class FrameConnection(asyncio.BufferedProtocol):
         """Asyncio's callback."""
         try:
             if self._target is not None:
-                self._advance_target(nbytes)
+                self._advance(self._target, nbytes)
             else:
                 self._filled += nbytes
                 self._parse()
         except ProtocolError as error:
             self.close(f"the peer breaks the protocol: {error}")
 
+    async def _drained(self) -> None:
+        while self._room is not None:
+            await asyncio.shield(self._room)
+
+    def _abandon(self, nbytes: int) -> None:
+        if self._room is None:
+            return
+
+        def on_room(_: object) -> None:
+            self.num_abandoned -= 1
+            self.abandoned_bytes -= nbytes
+
+        self.num_abandoned += 1
+        self.abandoned_bytes += nbytes
+        self._room.add_done_callback(on_room)
+
     def _parse(self) -> None:
         offset = 0
         while self._target is None and self._filled - offset >= _HEAD.size:
-            kind_number, length, transfer_id, piece = _HEAD.unpack_from(self._scratch, offset)
+            number, length, transfer_id, piece = _HEAD.unpack_from(self._scratch, offset)
             start = offset + _HEAD.size
             available = min(length, self._filled - start)
-            if kind_number == FrameType.DATA:
-                self._target = self._require_handler().data_target(transfer_id, piece, length)
-                self._target_filled = 0
+            if number == FrameType.DATA:
+                target = self._handler.data_target(transfer_id, piece, length)
+                target[:available] = self._scratch[start : start + available]
+                self._target, self._target_filled = target, 0
                 self._target_of = (transfer_id, piece)
-                self._target[:available] = self._scratch[start : start + available]
-                self._advance_target(available)
-            elif length > _MAX_CONTROL_BYTES:
-                raise ProtocolError(f"a control frame of {length} bytes")
+                self._advance(target, available)
+            elif number not in FrameType or length > _MAX_CONTROL_BYTES:
+                raise ProtocolError(f"a frame of type {number} with {length} bytes")
             elif available < length:
                 break
             else:
-                try:
-                    kind = FrameType(kind_number)
-                except ValueError:
-                    raise ProtocolError(f"a frame of type {kind_number}") from None
                 body = self._scratch[start : start + length]
-                self._require_handler().on_frame(kind, transfer_id, piece, body)
+                self._handler.on_frame(FrameType(number), transfer_id, piece, body)
             offset = start + available
         remaining = self._filled - offset
         if offset and remaining:
             self._scratch[:remaining] = bytes(self._scratch[offset : self._filled])
         self._filled = remaining
 
-    def _advance_target(self, nbytes: int) -> None:
-        assert self._target is not None
+    def _advance(self, target: memoryview, nbytes: int) -> None:
         self._target_filled += nbytes
-        if self._target_filled == self._target.nbytes:
-            landed, self._target = self._target.nbytes, None
-            self._require_handler().on_data(*self._target_of, landed)
-
-    def _require_handler(self) -> FrameHandler:
-        if self._handler is None:
-            raise ProtocolError("a frame on a closed connection")
-        return self._handler
+        if self._target_filled == target.nbytes:
+            self._target = None
+            self._handler.on_data(*self._target_of, target.nbytes)

@@ -4,7 +4,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 
-from shared.errors import PeerGone, TransferTimeout, TransportError
+from shared.errors import PeerGone, TransportError
 from shared.transport.piece import PieceHeader
 
 INLINE_BYTES = 4096
@@ -147,11 +147,13 @@ class Inbox:
             offer.link = None
 
     def close(self, reason: str) -> None:
-        """Refuse everything and everybody from now on."""
+        """Raise ``PeerGone`` to whoever waits or asks from now on.
+
+        Offers are forgotten, not refused: their senders learn it from their links.
+        """
         self._closed = reason
-        for offer in list(self._offers()):
+        for offer in self._offers():
             self._drop(offer)
-            self._refuse(offer)
         for transfer_id in list(self._waiting):
             self._fail_waiting(transfer_id, PeerGone(reason))
 

@@ -39,7 +39,7 @@ class StagingPool:
     def take(self, nbytes: int) -> memoryview:
         """A writable view of exactly ``nbytes`` bytes of undefined content."""
         if nbytes < _SMALLEST_POOLED_BYTES:
-            return memoryview(np.empty(nbytes, dtype=np.uint8))
+            return np.empty(nbytes, dtype=np.uint8).data
         self._collect()
         size_class = 1 << (nbytes - 1).bit_length()
         idle = self._idle.get(size_class)
@@ -52,7 +52,7 @@ class StagingPool:
         # can reach the memory any more.
         lease = block[:nbytes]
         weakref.finalize(lease, self._returned.put, block).atexit = False
-        return memoryview(lease)
+        return lease.data
 
     def clear(self) -> None:
         """Give the memory kept for reuse back to the system."""

@@ -41,9 +41,7 @@ async def receive_kv(
     return piece
 
 
-def _import(
-    engine: EngineThread, key: RequestKey, piece: Piece
-) -> concurrent.futures.Future[None]:
+def _import(engine: EngineThread, key: RequestKey, piece: Piece) -> concurrent.futures.Future[None]:
     header = piece.header
     return engine.call(
         lambda e: e.import_kv(

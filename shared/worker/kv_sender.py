@@ -118,6 +118,4 @@ class KVSender:
             head_hi=head_hi,
             kind=kind,
         )
-        await self._transport.send(
-            target.address, header, payload, timeout_s=self._piece_timeout_s
-        )
+        await self._transport.send(target.address, header, payload, timeout_s=self._piece_timeout_s)

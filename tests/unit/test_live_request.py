@@ -28,7 +28,11 @@ def live_request(num_output: int = 0) -> LiveRequest:
 
 def delta(offset: int, *token_ids: int, attempt: int = 0, **more: object) -> TokenDelta:
     return TokenDelta(
-        request_id="r", attempt=attempt, offset=offset, token_ids=token_ids, **more  # type: ignore[arg-type]
+        request_id="r",
+        attempt=attempt,
+        offset=offset,
+        token_ids=token_ids,
+        **more,  # type: ignore[arg-type]
     )
 
 

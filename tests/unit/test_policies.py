@@ -92,7 +92,7 @@ def test_a_prediction_is_kept_with_the_request_and_a_late_one_is_ignored() -> No
 
 
 def test_an_unknown_name_is_a_wrong_setting() -> None:
-    with pytest.raises(ConfigError, match="'fastest' is not one of .*fifo"):
+    with pytest.raises(ConfigError, match=r"'fastest' is not one of .*fifo"):
         create_policy("fastest")
 
 

@@ -29,7 +29,9 @@ def report(instance: str, role: str, **changes: object) -> WorkerReport:
     return WorkerReport(**(values | changes))  # type: ignore[arg-type]
 
 
-def worker(instance: str, role: str, *, assigned: int = 0, batches: int = 0, **changes: object) -> Worker:
+def worker(
+    instance: str, role: str, *, assigned: int = 0, batches: int = 0, **changes: object
+) -> Worker:
     return Worker(
         report=report(instance, role, **changes), num_assigned=assigned, num_batches=batches
     )
@@ -50,9 +52,7 @@ def test_one_role_alone_serves_both() -> None:
 
 
 def test_a_draining_worker_gets_nothing() -> None:
-    pools = divide(
-        [worker("p", "prefill"), worker("d", "decode", state=InstanceState.DRAINING)]
-    )
+    pools = divide([worker("p", "prefill"), worker("d", "decode", state=InstanceState.DRAINING)])
     assert not pools.is_disaggregated
     assert [w.instance for w in pools.decode] == ["p"]
 

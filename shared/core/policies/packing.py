@@ -32,7 +32,5 @@ def pack_in_order(
             current = next(queue, None)
         if not taken:
             break
-        batches.append(
-            PrefillBatch(instance=slot.instance, requests=tuple(taken), reason=reason)
-        )
+        batches.append(PrefillBatch(instance=slot.instance, requests=tuple(taken), reason=reason))
     return batches

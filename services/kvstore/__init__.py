@@ -1,0 +1,1 @@
+"""The global KV store: content-addressed, immutable KV blocks in host memory."""
