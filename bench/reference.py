@@ -40,7 +40,8 @@ OWN_PROMPTS = (
 @dataclass(frozen=True, kw_only=True)
 class Expected:
     """One greedy answer: its tokens (an end-of-sequence token included) and, for each, how far the
-    second best logit was behind."""
+    second best logit was behind.
+    """
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -54,7 +55,8 @@ class Expected:
 
     def verdict(self, visible: Sequence[int] | Sequence[str], texts: Sequence[str]) -> str:
         """``equal``, ``tie`` or ``different``; ``texts`` are the expected tokens as the API shows
-        them, ``visible`` those that came."""
+        them, ``visible`` those that came.
+        """
         for index, (came, expected) in enumerate(zip(visible, texts, strict=False)):
             if came != expected:
                 return "tie" if self.gaps[index] < TIE else "different"
@@ -104,9 +106,8 @@ class Reference:
 
 def alpaca_prompts(path: Path, count: int) -> list[str]:
     """The first ``count`` prompts of an Alpaca file (``.jsonl`` or ``.jsonl.gz``)."""
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    prompts = []
-    with opened as lines:
+    prompts: list[str] = []
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         for line in lines:
             row = json.loads(line)
             prompts.append(row["instruction"] + ("\n\n" + row["input"] if row["input"] else ""))

@@ -1,4 +1,4 @@
-"""A suite of real processes for tests and benchmarks: started by ``banyan up``, seen through HTTP."""
+"""A suite of real processes for tests and benchmarks, started by ``banyan up``."""
 
 import contextlib
 import json

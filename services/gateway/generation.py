@@ -1,7 +1,7 @@
 """The seam between the HTTP edge and what generates: the edge knows tokens in and tokens out."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from shared.core.request import FinishReason, SamplingParams, Slo, TokenLogprobs
@@ -28,7 +28,7 @@ class GenerationRequest:
     model: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
-    slo: Slo = Slo()
+    slo: Slo = field(default_factory=Slo)
     priority: int = 0
     tenant: str = ""
     group_id: str | None = None

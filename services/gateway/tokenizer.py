@@ -25,8 +25,8 @@ class Tokenizer:
     """``tokenizer.json`` and what ``tokenizer_config.json`` adds to it.
 
     Which tokens go around a text is what ``tokenizer.json`` says; like transformers, this leaves
-    ``add_bos_token`` out of account. Safe to use from several threads. Token ids without a token (padding of the embedding) have no
-    text.
+    ``add_bos_token`` out of account. Token ids without a token (padding of the embedding) have no
+    text. Safe to use from several threads.
     """
 
     def __init__(self, backend: Backend, config: Mapping[str, Any] | None = None) -> None:

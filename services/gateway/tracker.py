@@ -1,9 +1,9 @@
 """Owner of every live request of this gateway: submits, listens, asks again, and ends each once.
 
-The gateway is the truth of an online request. Everything that arrives over the bus is a hint that may
-be late, lost, doubled or about an attempt that is over; ``LiveRequest`` sorts that out, and this
-module does the talking. A request that has been silent for ``silence_s`` is asked after: first the
-instances that should have it, then the leader.
+The gateway is the truth of an online request. Everything that arrives over the bus is a hint that
+may be late, lost, doubled or about an attempt that is over; ``LiveRequest`` sorts that out, and
+this module does the talking. A request that has been silent for ``silence_s`` is asked after:
+first the instances that should have it, then the leader.
 """
 
 import asyncio
@@ -377,9 +377,9 @@ class RequestTracker:
 
     def _ask_after(self, tracked: Tracked) -> None:
         is_busy = tracked.submission is not None and not tracked.submission.done()
+        is_busy = is_busy or tracked.inquiry is not None
         if tracked.live.state is not RequestState.RECEIVED and not is_busy:
-            if tracked.inquiry is None:
-                tracked.inquiry = self._spawn(self._inquire(tracked))
+            tracked.inquiry = self._spawn(self._inquire(tracked))
 
     async def _inquire(self, tracked: Tracked, *, delay_s: float = 0.0) -> None:
         try:

@@ -11,10 +11,14 @@ from shared.transport.piece import Buffer, byte_view
 
 @dataclass(frozen=True, slots=True)
 class LayerPiece:
-    """The KV of one layer of one block; ``checksum`` is that of the bytes as they were put."""
+    """The KV of one layer of one block; ``checksum`` is that of the bytes as they were put.
+
+    ``num_heads`` is how many KV heads the bytes are of: whoever reads them has to be told.
+    """
 
     data: bytes
     checksum: int
+    num_heads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +28,9 @@ class StoredBlock:
     layers: tuple[LayerPiece, ...]
 
     @property
-    def layer_bytes(self) -> tuple[int, ...]:
-        """The size of each layer's piece."""
-        return tuple(len(piece.data) for piece in self.layers)
+    def shape(self) -> tuple[tuple[int, int], ...]:
+        """Bytes and heads of each layer; blocks of one shape can be sent as one run."""
+        return tuple((len(piece.data), piece.num_heads) for piece in self.layers)
 
 
 class ArrivingBlock:
@@ -36,7 +40,9 @@ class ArrivingBlock:
         self._layer_bytes = tuple(layer_bytes)
         self._pieces: dict[int, LayerPiece] = {}
 
-    def add(self, layer: int, payload: Buffer, known_checksum: int) -> StoredBlock | None:
+    def add(
+        self, layer: int, payload: Buffer, *, num_heads: int, known_checksum: int
+    ) -> StoredBlock | None:
         """Copy one layer's bytes; returns the block once it has all of them.
 
         ``known_checksum`` is one that ``payload`` has just been verified against, or 0: then it is
@@ -52,7 +58,9 @@ class ArrivingBlock:
             raise ValueError(
                 f"layer {layer} has {len(data)} bytes, {self._layer_bytes[layer]} were announced"
             )
-        self._pieces[layer] = LayerPiece(data, known_checksum or checksum(data))
+        self._pieces[layer] = LayerPiece(
+            data, known_checksum or checksum(data), num_heads
+        )
         if len(self._pieces) < len(self._layer_bytes):
             return None
         return StoredBlock(tuple(self._pieces[index] for index in range(len(self._pieces))))

@@ -1,7 +1,7 @@
 """The leader's regular comparison of what it believes with what workers hold.
 
-Hints on the bus can be lost. Twice in a row out of step with a worker's own account, an attempt that
-nobody asked for is aborted there, and one that is nowhere is lost.
+Hints on the bus can be lost. Twice in a row out of step with a worker's own account, an attempt
+that nobody asked for is aborted there, and one that is nowhere is lost.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """One leader's term: from taking the lease until losing it.
 
-A term starts with empty tables. It fills them with what gateways re-send and instances hold, and only
-then dispatches; running requests are found, not restarted.
+A term starts with empty tables. It fills them with what gateways re-send and instances hold, and
+only then dispatches; running requests are found, not restarted.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from services.scheduler.cluster import Cluster
 from services.scheduler.commands import WorkerCommands
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.counters import SchedulerCounters
-from services.scheduler.dispatcher import DispatchHooks, Dispatcher
+from services.scheduler.dispatcher import Dispatcher, DispatchHooks
 from services.scheduler.predictions import Predictions
 from services.scheduler.recovery import Findings
 from services.scheduler.routing import RoutingLimits

@@ -11,7 +11,7 @@ from shared.core.block_manager import BlockManager
 from shared.core.engine_request import EngineState
 from shared.core.iteration import Committed, IterationScheduler
 from shared.core.request import Request, RequestKey
-from shared.engine.attention import TorchAttention
+from shared.engine.attention import AttentionBackend, TorchAttention
 from shared.engine.config import EngineConfig
 from shared.engine.model import ModelChain
 from shared.engine.outputs import EngineStats, KVSink, RequestOutput, Reservation, StepOutput
@@ -44,6 +44,7 @@ class Engine:
         *,
         kv_sink: KVSink | None = None,
         order: OrderKey = first_come_first_served,
+        backend: AttentionBackend | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec: ModelSpec = chain.spec
@@ -70,7 +71,9 @@ class Engine:
             enable_prefix_cache=config.enable_prefix_cache,
             order=order,
         )
-        self._runner = ModelRunner(chain, pool, TorchAttention(pool, self.spec.sliding_windows))
+        self._runner = ModelRunner(
+            chain, pool, backend or TorchAttention(pool, self.spec.sliding_windows)
+        )
         self._step = 0
         self._total_prefill_tokens = 0
         self._total_decode_tokens = 0

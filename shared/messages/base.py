@@ -8,7 +8,7 @@ from shared.errors import ProtocolError, UnknownMessage
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t"):
-    """Base of all wire types. Subclasses are tagged by their class name; unknown fields are ignored.
+    """Base of all wire types, tagged by their class name. Unknown fields are ignored.
 
     A concrete message's docstring names its publisher, subscribers, delivery and idempotency key;
     ``docs/messages.md`` is generated from it.

@@ -2,6 +2,8 @@
 
 from enum import StrEnum
 
+import msgspec
+
 from shared.messages.base import Message
 
 
@@ -64,8 +66,8 @@ class ServiceReport(Message, frozen=True, kw_only=True):
     sequence: int
     state: InstanceState
     model: str = ""
-    gauges: dict[str, float] = {}
-    labels: dict[str, str] = {}
+    gauges: dict[str, float] = msgspec.field(default_factory=dict)
+    labels: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class InstanceExited(Message, frozen=True, kw_only=True):

@@ -26,7 +26,7 @@ from shared.messages.workers import (
     StartBatch,
     TransferFinished,
 )
-from shared.transport.base import Transport, TransferIds
+from shared.transport.base import TransferIds, Transport
 from shared.worker.attempts import Attempt, AttemptTable
 from shared.worker.config import WorkerSettings
 from shared.worker.kv_receiver import read_trailer, receive_kv

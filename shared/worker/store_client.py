@@ -18,7 +18,7 @@ from shared.kvcache.layout import KVLayout
 from shared.messages import subjects
 from shared.messages.kv import GetBlocks, LookupPrefix, PrefixFound, PutAccepted, PutBlocks
 from shared.messages.requests import Done
-from shared.transport.base import PieceHeader, PieceKind, Transport, TransferIds
+from shared.transport.base import PieceHeader, PieceKind, TransferIds, Transport
 from shared.worker.kv_receiver import receive_kv
 
 log = logging.getLogger(__name__)

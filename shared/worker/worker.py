@@ -22,8 +22,6 @@ from shared.messages.requests import Done, LeaderChanged, SnapshotRequest
 from shared.messages.tokens import AckTokens, TokenBatch, TokenDelta, TokensSince, TokensSinceReply
 from shared.messages.workers import (
     AbortRequests,
-    AttemptEnded,
-    PrefillFinished,
     ReserveKV,
     StartBatch,
     WorkerSnapshot,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_how_tokens_are_grouped_into_events_does_not_matter(
 ) -> None:
     def outcome(cuts: list[int]) -> tuple[str, list[int], int, FinishReason | None]:
         bounds = [0, *cuts, len(token_ids)]
-        groups = [token_ids[lo:hi] for lo, hi in zip(bounds, bounds[1:], strict=False)]
+        groups = [token_ids[lo:hi] for lo, hi in pairwise(bounds)]
         events = [event(group) for group in groups[:-1]] + [event(groups[-1], finish)]
         target = choice(stop_strings=stops, has_logprobs=True)
         deltas = run(target, events)

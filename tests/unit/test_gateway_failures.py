@@ -147,9 +147,8 @@ async def test_models_health_and_metrics() -> None:
         assert (waiting.status_code, waiting.json()["ok"]) == (503, False)
         health.phase = Phase.READY
         health.add_readiness_check("scheduler", lambda: "nobody leads")
-        assert (await client.get("/health/ready")).json()["reasons"] == {
-            "scheduler": "nobody leads"
-        }
+        reasons = (await client.get("/health/ready")).json()["reasons"]
+        assert reasons == {"scheduler": "nobody leads"}
         assert "banyan_gateway_test_requests_total 3.0" in (await client.get("/metrics")).text
 
 

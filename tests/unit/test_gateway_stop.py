@@ -1,5 +1,7 @@
 """Stop strings end the text at the same place however it is cut into pieces."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,7 +71,7 @@ def test_the_cut_into_pieces_does_not_matter(
 ) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
     bounds = [0, *cuts, len(text)]
-    pieces = [text[lo:hi] for lo, hi in zip(bounds, bounds[1:], strict=False)]
+    pieces = [text[lo:hi] for lo, hi in pairwise(bounds)]
     ends = sorted(
         (end, end - len(stop))
         for end in range(len(text) + 1)

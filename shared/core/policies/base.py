@@ -115,7 +115,7 @@ class Policy(ABC):
 
     @abstractmethod
     def decode_key(self, queued: QueuedRequest, now_s: float) -> tuple[float, ...]:
-        """Order of admission inside an engine: the smallest goes first, the largest is the victim."""
+        """Order of admission in an engine: the smallest goes first, the largest is the victim."""
 
     def should_preempt(
         self, running: Sequence[QueuedRequest], waiting: QueuedRequest, now_s: float

@@ -1,4 +1,4 @@
-"""Filling prefill slots from an ordered queue, for policies whose batches are just a prefix of it."""
+"""Filling prefill slots from an ordered queue, for policies that only order it."""
 
 from collections.abc import Iterable
 
