@@ -20,8 +20,9 @@ STOP_ORDER: tuple[frozenset[str], ...] = (
     frozenset({"scheduler"}),
     frozenset({"prefill", "decode"}),
     frozenset({"predictor", "placer", "kvstore"}),
+    frozenset({"nats"}),
 )
-"""Roles in the order in which they drain; the bus goes last, once all of them are gone."""
+"""Roles in the order in which they drain."""
 
 WRONG_SETTINGS_EXIT_CODE = 2
 

@@ -146,7 +146,6 @@ class Reference:
         best = self.logits([*prompt, *expected[:first]])[-1].topk(2).values
         gap = float(best[0] - best[1])
         assert gap < MAX_EXCUSED_GAP, (
-            f"token {first} is {tokens[first : first + 1]} instead of {expected[first : first + 1]}, "
-            f"with a logit gap of {gap}"
+            f"token {first} differs with a logit gap of {gap}: {tokens} instead of {expected}"
         )
         print(f"excused: token {first} differs with a logit gap of {gap:.2g}")

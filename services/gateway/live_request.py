@@ -35,6 +35,9 @@ class LiveRequest:
         self.instances: tuple[str, ...] = ()
         self.num_cached_tokens = 0
         self.num_failures = 0
+        self.last_progress_s = accepted_s
+        self.num_fruitless = 0
+        """Attempts lost in a row without a new token."""
         self.num_unknown = 0
         """How often in a row no instance knew the attempt although the leader had placed it."""
         self.lifecycle = Lifecycle()
@@ -92,6 +95,7 @@ class LiveRequest:
         if self.state is not RequestState.RECEIVED:
             self.lifecycle.apply(RequestEvent.LOSE)
         self.attempt += 1
+        self.num_fruitless += 1
         self.num_unknown = 0
         self.instances = ()
         self._early.clear()
@@ -119,7 +123,11 @@ class LiveRequest:
         if delta.offset > len(self.output_token_ids):
             self._keep_early(delta)
             return Progress(has_gap=True)
-        return self._take(delta)
+        progress = self._take(delta)
+        if progress.token_ids:
+            self.last_progress_s = now_s
+            self.num_fruitless = 0
+        return progress
 
     def _keep_early(self, delta: TokenDelta) -> None:
         known = self._early.get(delta.offset)

@@ -23,6 +23,7 @@ class StopMatcher:
         """``stop_strings`` are not empty; there may be none of them."""
         self._stop_strings = tuple(stop_strings)
         self._longest = max(map(len, stop_strings), default=0)
+        self._first_chars = frozenset(stop[0] for stop in stop_strings)
         self._held = ""
 
     def feed(self, text: str) -> StopScan:
@@ -62,6 +63,8 @@ class StopMatcher:
     def _num_open(self, text: str) -> int:
         """Length of the longest end of ``text`` that begins a stop string."""
         for length in range(min(self._longest - 1, len(text)), 0, -1):
+            if text[-length] not in self._first_chars:
+                continue
             end = text[-length:]
             if any(len(stop) > length and stop.startswith(end) for stop in self._stop_strings):
                 return length

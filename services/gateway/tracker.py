@@ -219,8 +219,18 @@ class RequestTracker:
         tracked.submission = self._spawn(self._resubmission(tracked, is_resend))
 
     async def _resubmission(self, tracked: Tracked, is_resend: bool) -> None:
-        """Submit until taken: an accepted request is not refused any more."""
-        deadline_s = self._clock.now_s() + self._settings.max_outage_s
+        """Submit until taken: an accepted request is not refused any more.
+
+        Attempts that are lost one after the other come slower and slower, and not for ever.
+        """
+        live = tracked.live
+        deadline_s = max(live.last_progress_s, self._clock.now_s()) + self._settings.max_outage_s
+        if live.num_fruitless > 1:
+            deadline_s = live.last_progress_s + self._settings.max_outage_s
+            if self._clock.now_s() > deadline_s:
+                self._fail(tracked, f"{live.num_fruitless} attempts were lost in a row")
+                return
+            await asyncio.sleep(min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** min(live.num_fruitless, 8)))
         while True:
             left_s = deadline_s - self._clock.now_s()
             try:

@@ -23,14 +23,13 @@ class LayerPiece:
 
 @dataclass(frozen=True, slots=True)
 class StoredBlock:
-    """A complete block: its layers in order."""
+    """A complete block: its layers in order.
+
+    ``shape`` is bytes and heads of each layer; blocks of one shape can be sent as one run.
+    """
 
     layers: tuple[LayerPiece, ...]
-
-    @property
-    def shape(self) -> tuple[tuple[int, int], ...]:
-        """Bytes and heads of each layer; blocks of one shape can be sent as one run."""
-        return tuple((len(piece.data), piece.num_heads) for piece in self.layers)
+    shape: tuple[tuple[int, int], ...]
 
 
 class ArrivingBlock:
@@ -49,21 +48,21 @@ class ArrivingBlock:
         summed here. Raises ``ValueError`` for a layer that there is not, that has come before, or
         that is not of the announced size.
         """
-        data = bytes(byte_view(payload))
+        view = byte_view(payload)
         if not 0 <= layer < len(self._layer_bytes):
             raise ValueError(f"layer {layer} of a block of {len(self._layer_bytes)} layers")
         if layer in self._pieces:
             raise ValueError(f"layer {layer} came twice")
-        if len(data) != self._layer_bytes[layer]:
+        if view.nbytes != self._layer_bytes[layer]:
             raise ValueError(
-                f"layer {layer} has {len(data)} bytes, {self._layer_bytes[layer]} were announced"
+                f"layer {layer} has {view.nbytes} bytes, {self._layer_bytes[layer]} were announced"
             )
-        self._pieces[layer] = LayerPiece(
-            data, known_checksum or checksum(data), num_heads
-        )
+        data = bytes(view)
+        self._pieces[layer] = LayerPiece(data, known_checksum or checksum(data), num_heads)
         if len(self._pieces) < len(self._layer_bytes):
             return None
-        return StoredBlock(tuple(self._pieces[index] for index in range(len(self._pieces))))
+        layers = tuple(self._pieces[index] for index in range(len(self._pieces)))
+        return StoredBlock(layers, tuple((len(piece.data), piece.num_heads) for piece in layers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,6 @@ def gather_layer(blocks: Sequence[StoredBlock], layer: int) -> GatheredLayer:
     data = np.empty((len(blocks), piece_bytes), dtype=np.uint8)
     for index, block in enumerate(blocks):
         data[index] = np.frombuffer(block.layers[layer].data, dtype=np.uint8)
-    expected = [block.layers[layer].checksum for block in blocks]
     if piece_bytes % ROW_BYTES == 0:
         # Whole rows: the sums of the run are those of its blocks, so one pass serves both.
         sums = row_sums(data).reshape(len(blocks), piece_bytes // ROW_BYTES)
@@ -99,5 +97,5 @@ def gather_layer(blocks: Sequence[StoredBlock], layer: int) -> GatheredLayer:
     else:
         found = [checksum(data[index]) for index in range(len(blocks))]
         whole = None
-    bad = (i for i, sums in enumerate(zip(expected, found, strict=True)) if sums[0] != sums[1])
+    bad = (i for i, block in enumerate(blocks) if block.layers[layer].checksum != found[i])
     return GatheredLayer(byte_view(data), whole, next(bad, None))

@@ -6,7 +6,7 @@ import logging
 from services.kvstore.blocks import GatheredLayer, gather_layer
 from services.kvstore.counters import KVStoreCounters
 from services.kvstore.store import BlockRun, BlockStore
-from shared.errors import TransportError
+from shared.errors import ChecksumMismatch, TransportError
 from shared.messages.kv import GetBlocks
 from shared.transport.base import PieceHeader, PieceKind, Transport
 
@@ -48,7 +48,7 @@ class GetSender:
             # The link stays: its other transfers are not to end with this one, and what the
             # transport still has of it ends when the receiver does.
             self._counters.failed_gets.add()
-            log.info("get %d failed: %s", get.transfer_id, error or "deadline")
+            log.warning("get %d failed: %s", get.transfer_id, error or "deadline")
         finally:
             self._store.close_run(run)
 
@@ -61,7 +61,6 @@ class GetSender:
                 gathered = await gathering
                 if gathered.first_bad is not None:
                     await self._abort(get, run, layer, gathered.first_bad, deadline_s)
-                    return
                 gathering = self._gather(run, layer + 1) if layer + 1 < num_layers else None
                 await self._send_layer(get, run, layer, gathered, deadline_s)
             trailer = PieceHeader(
@@ -99,12 +98,12 @@ class GetSender:
     async def _abort(
         self, get: GetBlocks, run: BlockRun, layer: int, position: int, deadline_s: float
     ) -> None:
+        """Tell the receiver that no more will come. Always raises."""
         self._store.drop_corrupt(run, position)
-        self._counters.failed_gets.add()
         reason = f"block {position}, layer {layer}: the checksum is not the one of the put"
-        log.error("%s; the block is dropped", reason)
         header = PieceHeader(transfer_id=get.transfer_id, piece=layer, kind=PieceKind.ABORT)
         await self._send_piece(get, header, deadline_s, reason.encode())
+        raise ChecksumMismatch(f"{reason}; the block is dropped")
 
     async def _send_piece(
         self,

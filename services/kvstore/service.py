@@ -90,14 +90,17 @@ class KVStoreService(Service):
             labels=lambda: {"transport": self._transport.name},
         )
         instance = settings.instance
-        for verb, handler in (("lookup", self._on_lookup), ("put", self._on_put)):
+        for verb, handler in (
+            ("lookup", self._on_lookup),
+            ("get", self._on_get),
+            ("put", self._on_put),
+        ):
             self._intake.append(await bus.serve(subjects.kv(instance, verb), handler))
-        await bus.serve(subjects.kv(instance, "get"), self._on_get)
         await bus.serve(subjects.control(instance, "drain"), self._on_drain)
         runtime.spawn(self._reporter.run(), name="reports")
 
     async def stop_intake(self) -> None:
-        """Find nothing and take nothing any more; a get of what was found before is still served.
+        """Answer nobody any more, which to a worker is a miss.
 
         Puts under way are given up: what they bring would be gone with the process.
         """
@@ -156,9 +159,7 @@ class KVStoreService(Service):
             self._putting.receive(transfer_id, chain, wanted, put.layer_bytes),
             f"put {transfer_id}",
         )
-        return PutAccepted(
-            wanted=wanted, transfer_id=transfer_id, address=self._transport.address
-        )
+        return PutAccepted(wanted=wanted, transfer_id=transfer_id, address=self._transport.address)
 
     async def _on_drain(self, message: Message) -> Message:
         self._runtime.stop(f"drain: {expect(message, Drain).reason}")
@@ -184,8 +185,6 @@ def _check_get(get: GetBlocks) -> None:
 
 def _check_layers(num_layers: int, layer_bytes: Sequence[int]) -> None:
     if not 1 <= num_layers <= MAX_PIECES or num_layers != len(layer_bytes):
-        raise InvalidRequest(
-            f"{num_layers} layers, {len(layer_bytes)} sizes", field="layer_bytes"
-        )
+        raise InvalidRequest(f"{num_layers} layers, {len(layer_bytes)} sizes", field="layer_bytes")
     if not all(1 <= nbytes <= MAX_PIECE_BYTES for nbytes in layer_bytes):
         raise InvalidRequest(f"layers of 1 to {MAX_PIECE_BYTES} bytes", field="layer_bytes")

@@ -20,6 +20,14 @@ from shared.messages.base import ErrorReply, Message, MessageCodec
 logger = logging.getLogger(__name__)
 
 
+def too_large(data: bytes, max_payload_bytes: int) -> ProtocolError:
+    """The error for a message the server would not take."""
+    return ProtocolError(
+        f"a message of {len(data)} bytes is larger than the bus's max_payload of "
+        f"{max_payload_bytes} bytes"
+    )
+
+
 class BusEndpoint(Bus):
     """The typed layer.
 
@@ -47,7 +55,10 @@ class BusEndpoint(Bus):
 
     @abstractmethod
     async def _send(self, subject: str, data: bytes, reply: str | None) -> None:
-        """Hand over one message. Raises ``BusDisconnected``."""
+        """Hand over one message.
+
+        Raises ``BusDisconnected``, and ``ProtocolError`` if it is larger than ``max_payload``.
+        """
 
     @abstractmethod
     async def _attach(self, subscription: InboundSubscription) -> None:
@@ -60,10 +71,6 @@ class BusEndpoint(Bus):
     @abstractmethod
     async def _hang_up(self, deadline_s: float) -> None:
         """Disconnect for good, at the latest at ``deadline_s`` on the loop's clock."""
-
-    @abstractmethod
-    def _max_payload_bytes(self) -> int:
-        """The largest message. Raises ``BusDisconnected``."""
 
     # Connection
 
@@ -149,18 +156,8 @@ class BusEndpoint(Bus):
 
     # Sending
 
-    def _encode(self, message: Message) -> bytes:
-        max_payload_bytes = self._max_payload_bytes()
-        data = self._codec.encode(message)
-        if len(data) > max_payload_bytes:
-            raise ProtocolError(
-                f"a {type(message).__name__} of {len(data)} bytes is larger than the bus's "
-                f"max_payload of {max_payload_bytes} bytes"
-            )
-        return data
-
     async def _publish(self, subject: str, message: Message) -> None:
-        await self._send(subject, self._encode(message), None)
+        await self._send(subject, self._codec.encode(message), None)
 
     @override
     async def publish(self, subject: str, message: Message) -> None:
@@ -172,7 +169,7 @@ class BusEndpoint(Bus):
         self, subject: str, message: Message, reply_type: type[M], *, timeout_s: float
     ) -> M:
         check_subject(subject)
-        data = self._encode(message)
+        data = self._codec.encode(message)
         reply = await self._ask(
             subject, lambda reply_to: self._send(subject, data, reply_to), timeout_s
         )
@@ -206,7 +203,7 @@ class BusEndpoint(Bus):
         check_subject(subject)
         if expected == 0:
             return []
-        data = self._encode(message)
+        data = self._codec.encode(message)
         token, request = self._replies.open(subject, expected)
         timer = asyncio.get_running_loop().call_later(timeout_s, request.finish)
         try:
@@ -233,9 +230,7 @@ class BusEndpoint(Bus):
             f"{subject} answered with a {type(answer).__name__} instead of a {reply_type.__name__}"
         )
 
-    def _typed_many(
-        self, subject: str, replies: list[RawReply], reply_type: type[M]
-    ) -> list[M]:
+    def _typed_many(self, subject: str, replies: list[RawReply], reply_type: type[M]) -> list[M]:
         answers = []
         for reply in replies:
             try:

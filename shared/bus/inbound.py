@@ -106,7 +106,8 @@ class HandlerSubscription(InboundSubscription):
             self.num_dropped += 1
             if is_worth_logging(self.num_dropped):
                 logger.warning("%s: %d messages dropped (slow handler)", subject, self.num_dropped)
-        self._has_news.set()
+        if not self._has_news.is_set():
+            self._has_news.set()
 
     async def _work(self) -> None:
         num_handled = 0

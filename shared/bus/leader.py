@@ -205,8 +205,10 @@ class LeaderElection:
         lease = self._lease
         if lease is None:
             return
-        await self._end_term("it retires")
         try:
-            await self._leases.release(lease)
-        except BusError as error:
-            logger.info("%s could not release %s: %s", self._candidate, self._key, error)
+            await self._end_term("it retires")
+        finally:
+            try:
+                await self._leases.release(lease)
+            except BusError as error:
+                logger.info("%s could not release %s: %s", self._candidate, self._key, error)

@@ -4,7 +4,7 @@ import itertools
 
 from typing_extensions import override
 
-from shared.bus.endpoint import BusEndpoint
+from shared.bus.endpoint import BusEndpoint, too_large
 from shared.bus.inbound import InboundSubscription
 from shared.bus.leases import LeaseStore
 from shared.bus.memory_leases import LeaseTable, MemoryLeaseStore, MemoryLeaseWatch
@@ -168,6 +168,8 @@ class MemoryBus(BusEndpoint):
     @override
     async def _send(self, subject: str, data: bytes, reply: str | None) -> None:
         self.check_connected()
+        if len(data) > self._broker.max_payload_bytes:
+            raise too_large(data, self._broker.max_payload_bytes)
         await self._broker.route(subject, data, reply)
 
     @override
@@ -182,8 +184,3 @@ class MemoryBus(BusEndpoint):
     @override
     async def _hang_up(self, deadline_s: float) -> None:
         self._broker.remove_bus(self._inbox)
-
-    @override
-    def _max_payload_bytes(self) -> int:
-        self.check_connected()
-        return self._broker.max_payload_bytes

@@ -11,7 +11,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as ClientSubscription
 from typing_extensions import override
 
-from shared.bus.endpoint import BusEndpoint
+from shared.bus.endpoint import BusEndpoint, too_large
 from shared.bus.inbound import InboundSubscription
 from shared.bus.leases import LeaseStore, LeaseWatch
 from shared.bus.names import inbox_prefix
@@ -19,7 +19,7 @@ from shared.bus.nats_connection import LOST_ERRORS, NatsConnection, NatsLink, Na
 from shared.bus.nats_leases import NatsLeaseStore
 from shared.bus.replies import RawReply
 from shared.clock import Clock, MonotonicClock
-from shared.errors import BusDisconnected, BusError, BusTimeout, ProtocolError
+from shared.errors import BusDisconnected, BusError, BusTimeout
 from shared.messages.base import MessageCodec
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class NatsBus(BusEndpoint):
         except nats.errors.BadSubjectError as error:
             raise ValueError(f"not a subject: {subject!r}") from error
         except nats.errors.MaxPayloadError as error:
-            raise ProtocolError(f"{len(data)} bytes are larger than max_payload") from error
+            raise too_large(data, client.max_payload) from error
         except LOST_ERRORS as error:
             raise BusDisconnected(f"the connection to NATS was lost: {error!r}") from error
 
@@ -159,10 +159,6 @@ class NatsBus(BusEndpoint):
     def disown_watch(self, watch: LeaseWatch) -> None:
         """``watch`` was closed."""
         self._watches.discard(watch)
-
-    @override
-    def _max_payload_bytes(self) -> int:
-        return int(self._connection.link().client.max_payload)
 
     async def _subscribe_all(self, link: NatsLink) -> None:
         """Restore on a new link all that was on the last one."""

@@ -2,12 +2,12 @@
 
 import re
 
-_WHITE_SPACE = re.compile(r"\s")
+_SUBJECT = re.compile(r"[^\s.]+(?:\.[^\s.]+)*")
 
 
 def check_subject(subject: str) -> None:
     """Raise ``ValueError`` unless ``subject`` is tokens joined by single dots."""
-    if not subject or _WHITE_SPACE.search(subject) or "" in subject.split("."):
+    if not _SUBJECT.fullmatch(subject):
         raise ValueError(f"not a subject: {subject!r}")
 
 

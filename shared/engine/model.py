@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from shared.engine import probe
 from shared.engine.attention import AttentionBatch, TorchAttention
@@ -140,6 +141,8 @@ def _check_memory(path: Path, device: torch.device) -> None:
 def _load(
     path: Path, config: PreTrainedConfig, dtype: str, device: torch.device
 ) -> PreTrainedModel:
+    # Progress goes to the caller; bars on stderr would only spoil a service's log.
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(path),

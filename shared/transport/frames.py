@@ -16,7 +16,7 @@ WITHDRAW  empty: the (rest of the) payload of this piece will not come
 import asyncio
 import enum
 import struct
-from typing import Protocol
+from typing import Protocol, cast
 
 from shared.errors import PeerGone, ProtocolError
 
@@ -36,6 +36,9 @@ class FrameType(enum.IntEnum):
     REFUSE = 4
     DATA = 5
     WITHDRAW = 6
+
+
+_FRAME_TYPES = frozenset(int(kind) for kind in FrameType)
 
 
 class FrameHandler(Protocol):
@@ -120,12 +123,11 @@ class FrameConnection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Asyncio's callback."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
         # Paused while anything is unsent, so that room means that the caller's memory is free.
         # TLS compares with >=, and would never resume with 0.
         is_tls = transport.get_extra_info("sslcontext") is not None
-        transport.set_write_buffer_limits(high=1 if is_tls else 0, low=0)
+        self._transport.set_write_buffer_limits(high=1 if is_tls else 0, low=0)
         self._handler.on_made()
 
     def pause_writing(self) -> None:
@@ -196,7 +198,7 @@ class FrameConnection(asyncio.BufferedProtocol):
                 self._target, self._target_filled = target, 0
                 self._target_of = (transfer_id, piece)
                 self._advance(target, available)
-            elif number not in FrameType or length > _MAX_CONTROL_BYTES:
+            elif number not in _FRAME_TYPES or length > _MAX_CONTROL_BYTES:
                 raise ProtocolError(f"a frame of type {number} with {length} bytes")
             elif available < length:
                 break

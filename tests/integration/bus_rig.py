@@ -115,6 +115,13 @@ async def open_rig(kind: str, directory: Path) -> AsyncIterator[Rig]:
         await nats.close()
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what no event tells: a counter, a property, another process."""
+    async with asyncio.timeout(10.0):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 async def reconnected(*buses: Bus, meanwhile: Callable[[], Awaitable[None]]) -> None:
     """Do ``meanwhile``, and wait until each of ``buses`` has reconnected."""
     events = []

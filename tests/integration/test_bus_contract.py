@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from shared.bus import Bus, Subscription
+from shared.bus.nats import NatsBus
 from shared.errors import (
     BusDisconnected,
     BusTimeout,
@@ -17,14 +18,17 @@ from shared.errors import (
 )
 from shared.messages.base import Message
 from tests.integration.bus_rig import (
+    CODEC,
     MAX_PAYLOAD_BYTES,
     STRANGE_CODEC,
+    NatsRig,
     Ping,
     Pong,
     Rig,
     Stranger,
     open_rig,
     reconnected,
+    until,
 )
 
 pytestmark = pytest.mark.timeout(30)
@@ -111,9 +115,7 @@ async def test_a_queue_group_shares_what_others_get_whole(rig: Rig) -> None:
     for number in range(300):
         await bus.publish("work", Ping(number=number))
     await outsider.has(300)
-    async with asyncio.timeout(10.0):
-        while sum(len(member.messages) for member in members) < 300:
-            await asyncio.sleep(0.01)
+    await until(lambda: sum(len(member.messages) for member in members) == 300)
     assert sorted(n for member in members for n in member.numbers) == list(range(300))
     assert all(member.messages for member in members)
 
@@ -172,9 +174,7 @@ async def test_overflow_drops_the_oldest(rig: Rig) -> None:
 
 
 async def until_received(subscription: Subscription, count: int) -> None:
-    async with asyncio.timeout(10.0):
-        while subscription.num_received < count:
-            await asyncio.sleep(0.01)
+    await until(lambda: subscription.num_received >= count)
 
 
 async def test_unsubscribe_handles_what_has_arrived_and_then_nothing(rig: Rig) -> None:
@@ -448,9 +448,7 @@ async def test_a_broadcast_gathers_the_answers_of_all(
             return Pong(number=0, server=name)
 
         await (await rig.bus()).serve("snapshot", answer)
-    found = await client.request_many(
-        "snapshot", Ping(number=0), Pong, timeout_s=600.0, expected=3
-    )
+    found = await client.request_many("snapshot", Ping(number=0), Pong, timeout_s=600.0, expected=3)
     assert {answer.server for answer in found} == {"a", "b", "c"}
     await (await rig.bus()).serve("snapshot", fail)
     found = await client.request_many("snapshot", Ping(number=0), Pong, timeout_s=0.2)
@@ -513,9 +511,7 @@ async def test_requests_under_way_fail_when_the_broker_dies(rig: Rig) -> None:
 
     subscription = await server.serve("silent", silent)
     request = asyncio.create_task(ask(client, "silent", timeout_s=600.0))
-    many = asyncio.create_task(
-        client.request_many("silent", Ping(number=0), Pong, timeout_s=600.0)
-    )
+    many = asyncio.create_task(client.request_many("silent", Ping(number=0), Pong, timeout_s=600.0))
     await until_received(subscription, 2)
     await rig.crash()
     with pytest.raises(BusDisconnected):
@@ -584,9 +580,6 @@ async def test_close_while_the_broker_is_away(rig: Rig) -> None:
 async def test_connecting_to_nobody_fails_with_a_clear_error(tmp_path: Path) -> None:
     async with open_rig("nats", tmp_path) as rig:
         await rig.crash()
-        from shared.bus.nats import NatsBus
-        from tests.integration.bus_rig import CODEC, NatsRig
-
         assert isinstance(rig, NatsRig)
         bus = NatsBus(CODEC, rig.server.url, name="test", connect_timeout_s=0.3)
         with pytest.raises(BusDisconnected, match="no connection to NATS at nats://127"):

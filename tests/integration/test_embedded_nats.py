@@ -15,7 +15,7 @@ from shared.bus.nats import NatsBus
 from shared.bus.server import EmbeddedNats, NatsUser, lease_permissions
 from shared.errors import BusDisconnected, BusError, BusTimeout, ConfigError
 from shared.messages.base import Message
-from tests.integration.bus_rig import CODEC, Ping, Pong, reconnected
+from tests.integration.bus_rig import CODEC, Ping, Pong, reconnected, until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -114,9 +114,7 @@ async def test_it_dies_with_its_parent(tmp_path: Path) -> None:
     os.kill(pid, 0)
     parent.kill()
     await parent.wait()
-    async with asyncio.timeout(10.0):
-        while is_alive(pid):
-            await asyncio.sleep(0.01)
+    await until(lambda: not is_alive(pid))
 
 
 def is_alive(pid: int) -> bool:
@@ -217,9 +215,7 @@ async def test_a_restricted_user_holds_and_watches_leases(guarded: EmbeddedNats)
 
 
 async def test_a_frozen_server_is_noticed_and_welcomed_back(server: EmbeddedNats) -> None:
-    bus = NatsBus(
-        CODEC, server.url, name="test", ping_interval_s=0.1, reconnect_wait_s=0.02
-    )
+    bus = NatsBus(CODEC, server.url, name="test", ping_interval_s=0.1, reconnect_wait_s=0.02)
     await bus.connect()
     await bus.serve("echo", echo)
     assert server.pid is not None

@@ -1,6 +1,7 @@
 """The engine gives the tokens that transformers gives, whatever the batch looks like."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,12 @@ from tests.models import FAMILIES, VOCAB_SIZE, write_model
 
 TINY_CHAT = Path(__file__).parents[2] / "models" / "tiny-chat"
 LENGTHS = (30, 5, 17, 1)
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -188,16 +195,15 @@ def test_the_bundled_model() -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (Gemma2Config, "softcap"),
-        (BertConfig, "layout of BertLMHeadModel"),
-        (GPT2Config, "layout of GPT2LMHeadModel"),
+        (Gemma2Config(**SMALL), "softcap"),
+        (BertConfig(**SMALL), "layout of BertLMHeadModel"),
+        (GPT2Config(**SMALL), "layout of GPT2LMHeadModel"),
     ],
 )
 def test_models_that_would_go_wrong_are_refused(
-    tmp_path: Path, config: type[PreTrainedConfig], reason: str
+    tmp_path: Path, config: PreTrainedConfig, reason: str
 ) -> None:
-    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    path = write_model(tmp_path / "model", config(vocab_size=VOCAB_SIZE, **shape))
+    path = write_model(tmp_path / "model", config)
     with pytest.raises(UnsupportedModel, match=reason):
         make_engine(path)
 
@@ -213,7 +219,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"no config\.json"):
         make_engine(tmp_path / "nothing")
     FAMILIES["opt"].save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="no \\*.safetensors"):
+    with pytest.raises(UnsupportedModel, match=r"no \*\.safetensors"):
         make_engine(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a header")
     with pytest.raises(UnsupportedModel):

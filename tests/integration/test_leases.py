@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from shared.bus import Bus, LeaderElection, Lease, LeaseChange, LeaseEvent, LeaseStore, LeaseWatch
-from shared.bus.server import EmbeddedNats
 from shared.errors import BusDisconnected, LeaseLost
-from tests.integration.bus_rig import Rig, open_rig, reconnected
+from tests.integration.bus_rig import NatsRig, Rig, open_rig, reconnected, until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -239,9 +238,7 @@ class Candidate:
         assert self.story == list(story)
 
     async def stands_by(self) -> None:
-        async with asyncio.timeout(10.0):
-            while not self.election.has_rival:
-                await asyncio.sleep(0.01)
+        await until(lambda: self.election.has_rival)
 
     async def retire(self) -> None:
         self.task.cancel()
@@ -285,9 +282,7 @@ async def test_a_leader_that_is_cut_off_is_succeeded(rig: Rig, stack: AsyncExitS
     assert second.epochs[0] > first.epochs[0]
 
 
-async def test_after_a_short_outage_the_leader_still_leads(
-    rig: Rig, stack: AsyncExitStack
-) -> None:
+async def test_after_a_short_outage_the_leader_still_leads(rig: Rig, stack: AsyncExitStack) -> None:
     buses = [await rig.bus(), await rig.bus()]
     first = await enter(stack, buses[0], "first", 5.0)
     await first.lives("elected")
@@ -357,6 +352,7 @@ async def test_a_frozen_leader_is_succeeded_and_knows_it_when_it_thaws(
     tmp_path: Path, stack: AsyncExitStack
 ) -> None:
     rig = await stack.enter_async_context(open_rig("nats", tmp_path))
+    assert isinstance(rig, NatsRig)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -366,7 +362,12 @@ async def test_a_frozen_leader_is_succeeded_and_knows_it_when_it_thaws(
         stdout=asyncio.subprocess.PIPE,
         cwd=Path(__file__).parents[2],
     )
-    stack.callback(process.kill)
+
+    async def end() -> None:
+        process.kill()
+        await process.communicate()
+
+    stack.push_async_callback(end)
     assert process.stdout is not None
     event, epoch = (await process.stdout.readline()).split()
     assert event == b"elected"
@@ -387,7 +388,6 @@ async def test_epochs_grow_even_if_jetstream_loses_its_disk(
     first = await enter(stack, bus, "first")
     await first.lives("elected")
     await rig.crash()
-    assert isinstance(rig.server, EmbeddedNats)
     (tmp_path / "jetstream").rename(tmp_path / "lost")
     await rig.come_back()
     await first.lives("elected", "deposed", "elected")

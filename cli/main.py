@@ -1,0 +1,231 @@
+"""The ``banyan`` command. Each command imports what it needs when it runs: ``--help`` is quick."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from shared.errors import BanyanError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_SUITE, _MODEL, _MACHINE, _COMMAND = "Suite", "Model", "Machine", "Command"
+
+app = typer.Typer(name="banyan", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _option(name: str, panel: str, help_text: str, **settings: Any) -> Any:
+    """An option that is also the variable ``BANYAN_<NAME>``."""
+    variable = f"BANYAN_{name.upper().replace('-', '_')}"
+    return typer.Option(
+        f"--{name}", envvar=variable, rich_help_panel=panel, help=help_text, **settings
+    )
+
+
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url", envvar="BANYAN_URL", help="A gateway; by default that of the suite running here."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"banyan {_version()}")
+        raise typer.Exit
+
+
+def _version() -> str:
+    """The version of this checkout, or of the package where there is no checkout."""
+    import tomllib
+    from importlib.metadata import version
+
+    project = ROOT / "pyproject.toml"
+    if project.is_file():
+        return str(tomllib.loads(project.read_text())["project"]["version"])
+    return version("banyan")
+
+
+@app.callback()
+def banyan(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Serve large language models with prefill and decode apart."""
+
+
+@app.command()
+def up(
+    model: Annotated[
+        str | None,
+        _option("model", _MODEL, "Directory or Hugging Face id. By default the bundled one."),
+    ] = None,
+    served_model_name: Annotated[
+        str | None,
+        _option("served-model-name", _MODEL, "What clients call it; by default its name."),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp32"], _option("dtype", _MODEL, "Type of weights and KV.")
+    ] = "auto",
+    max_model_len: Annotated[
+        int | None,
+        _option(
+            "max-model-len", _MODEL, "Longest context in tokens; by default the model's.", min=1
+        ),
+    ] = None,
+    prefill: Annotated[int, _option("prefill", _SUITE, "Prefill workers.", min=0)] = 1,
+    decode: Annotated[int, _option("decode", _SUITE, "Decode workers.", min=0)] = 1,
+    kvstore: Annotated[int, _option("kvstore", _SUITE, "Stores of the KV cache.", min=0)] = 1,
+    scheduler: Annotated[int, _option("scheduler", _SUITE, "Schedulers; one leads.", min=1)] = 1,
+    gateway: Annotated[
+        int, _option("gateway", _SUITE, "Gateways, on ports from --port up.", min=1)
+    ] = 1,
+    predictor: Annotated[int, _option("predictor", _SUITE, "Length predictors.", min=0)] = 1,
+    placer: Annotated[int, _option("placer", _SUITE, "Placers.", min=0)] = 1,
+    policy: Annotated[
+        str | None, _option("policy", _SUITE, "Batching policy of the scheduler.")
+    ] = None,
+    host: Annotated[str, _option("host", _SUITE, "Where gateways listen.")] = "127.0.0.1",
+    port: Annotated[int, _option("port", _SUITE, "Port of the gateway.", min=1, max=65535)] = 8000,
+    tp: Annotated[int, _option("tp", _MACHINE, "Devices a worker; only 1 for now.", min=1)] = 1,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], _option("device", _MACHINE, "Where the workers compute.")
+    ] = "auto",
+    memory_fraction: Annotated[
+        float | None,
+        _option(
+            "memory-fraction",
+            _MACHINE,
+            "Share of each device's memory for all workers on it; by default 0.9 of a GPU, 0.5 of "
+            "the host.",
+            min=0.001,
+            max=1.0,
+        ),
+    ] = None,
+    transport: Annotated[
+        Literal["auto", "ucx", "tcp"], _option("transport", _MACHINE, "How KV travels.")
+    ] = "auto",
+    json_logs: Annotated[bool, _option("json-logs", _COMMAND, "Log JSON.")] = False,
+    log_dir: Annotated[
+        Path | None, _option("log-dir", _COMMAND, "For the logs; by default under ~/.cache/banyan.")
+    ] = None,
+    ready_file: Annotated[
+        Path | None, _option("ready-file", _COMMAND, "Write a JSON here when ready.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start the whole suite on this machine; Ctrl-C stops it."""
+    from cli.models import resolve_model
+    from cli.plan import UpOptions
+    from cli.up import UpRequest, run_up
+
+    if tp != 1:
+        raise typer.BadParameter(
+            "a worker on several devices is not supported yet, only 1", param_hint="--tp"
+        )
+    found = resolve_model(model)
+    counts = {"gateway": gateway, "scheduler": scheduler, "predictor": predictor}
+    counts |= {"prefill": prefill, "decode": decode, "kvstore": kvstore, "placer": placer}
+    options = UpOptions(
+        model_dir=found.directory,
+        served_model_name=served_model_name or found.name,
+        counts=counts,
+        dtype=dtype,
+        device=device,
+        memory_fraction=memory_fraction,
+        max_model_len=max_model_len,
+        policy=policy,
+        transport=transport,
+        host=host,
+        port=port,
+        json_logs=json_logs,
+    )
+    request = UpRequest(suite=options, log_dir=log_dir, ready_file=ready_file, as_json=as_json)
+    raise typer.Exit(run_up(request))
+
+
+@app.command()
+def chat(
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="Ask this, print the answer, leave.")
+    ] = None,
+    url: UrlOption = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Which model; by default the one served.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="Longest answer in tokens.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar="BANYAN_API_KEY", help="If the gateway asks for one."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; needs -m.")] = False,
+) -> None:
+    """Talk to the model; without -m in turns, until Ctrl-D."""
+    from cli.chat import ChatRequest, run_chat
+
+    if as_json and message is None:
+        raise typer.BadParameter("needs a message to answer: -m TEXT", param_hint="--json")
+    request = ChatRequest(
+        url=url or _default_url(),
+        message=message,
+        model=model,
+        system=system,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        api_key=api_key,
+        as_json=as_json,
+    )
+    raise typer.Exit(run_chat(request, sys.stdout, sys.stderr))
+
+
+@app.command()
+def status(
+    url: UrlOption = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show every instance of the suite and its load."""
+    from cli.status import run_status
+
+    raise typer.Exit(run_status(url, as_json=as_json, watch=watch, output=sys.stdout))
+
+
+def _default_url() -> str:
+    """The gateway of the suite that runs here; where there is none, the usual address."""
+    from cli.state import DEFAULT_PORT, find_suite
+
+    suite = find_suite(None)
+    if suite is not None:
+        return suite.url
+    return f"http://127.0.0.1:{os.environ.get('BANYAN_PORT') or DEFAULT_PORT}"
+
+
+def main() -> NoReturn:
+    """Run the command line; errors of ours are one line on stderr and exit code 1."""
+    try:
+        app()
+    except BanyanError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:  # `banyan status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The placer: which layers of a model run on which instance."""

@@ -1,0 +1,1 @@
+"""The resource profiler: how long a request's output will be, as a distribution."""

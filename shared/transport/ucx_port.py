@@ -1,0 +1,257 @@
+"""One UCX worker that talks to exactly one peer, driven by the event loop."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from shared.errors import PeerGone
+from shared.transport.ucx_library import UcxLibrary
+
+_BUDGET_S = 0.001
+"""How long one turn may drive UCX before the event loop gets its own."""
+
+_SPIN_S = 20e-6
+"""How long to look for the next fragment before going to sleep; waking up costs more."""
+
+_PATIENCE_S = 0.0005
+"""How long a sender looks for room at the receiver in every turn of the loop ..."""
+
+_BACKOFF_S = (0.001, 0.016)
+"""... before it looks after this time, doubled up to that. UCX has no event for "there is room"."""
+
+_MAX_DRAINED = 1 << 16
+
+
+class Operation:
+    """A message being sent or received. Keeps the buffer until UCX is done with it."""
+
+    __slots__ = ("buffer", "error", "future", "is_abandoned", "on_done", "request")
+
+    def __init__(
+        self, request: Any, buffer: Any, on_done: Callable[["Operation"], None] | None
+    ) -> None:
+        self.request = request
+        self.buffer = buffer
+        self.on_done = on_done
+        self.future: asyncio.Future[None] | None = None
+        self.error: str | None = None
+        self.is_abandoned = False
+
+
+class UcxPort:
+    """A UCX worker and its one endpoint.
+
+    Every peer gets a port of its own because a UCX worker over shared memory has one inbox for all
+    senders, and a sender that dies while it writes leaves the inbox stuck (see ``ucx_library``).
+
+    ``on_failed`` is called once, with a reason, when UCX reports that the peer is gone; the owner
+    then closes the port. Everything runs on the event loop that made it.
+    """
+
+    def __init__(
+        self, library: UcxLibrary, context: Any, on_failed: Callable[[str], None]
+    ) -> None:
+        self._library = library
+        self._on_failed = on_failed
+        self._loop = asyncio.get_running_loop()
+        self._worker = library.api.UCXWorker(context)
+        self._worker.init_blocking_progress_mode()
+        self._endpoint: Any = None
+        self._fd = self._worker.epoll_file_descriptor
+        self._loop.add_reader(self._fd, self._on_event)
+        self._operations: list[Operation] = []
+        self._num_idle_receives = 0
+        self._scheduled: asyncio.Handle | None = None
+        self._backoff_s = 0.0
+        self._last_progress_s = 0.0
+        self._empty = library.array(memoryview(bytearray(1))[:0])
+
+    @property
+    def worker_address(self) -> bytes:
+        """What the peer's port needs to connect."""
+        return bytes(self._worker.address)
+
+    @property
+    def is_closed(self) -> bool:
+        """Nothing can be posted any more."""
+        return self._worker is None
+
+    def connect(self, worker_address: bytes) -> None:
+        """Connect to the peer's port; raises ``PeerGone`` if it cannot be reached."""
+        api = self._library.api
+        try:
+            address = api.UCXAddress.create_from_buffer(worker_address)
+            self._endpoint = api.UCXEndpoint.create_from_worker_address(
+                self._worker, address, True
+            )
+        except self._library.error as error:
+            raise PeerGone(f"UCX cannot reach the peer: {error}") from error
+        self._kick()
+
+    def abandoned(self) -> list[Operation]:
+        """Operations that nobody waits for and whose buffers UCX may still touch."""
+        return [operation for operation in self._operations if operation.is_abandoned]
+
+    def post_send(self, buffer: Any, tag: int) -> Operation:
+        """Start to send a contiguous buffer; messages of one tag arrive in order."""
+        if self._worker is None:
+            raise PeerGone("the link is closed")
+        api = self._library.api
+        request = self._endpoint.tag_send(self._library.array(buffer), api.UCXXTag(tag))
+        return self._started(Operation(request, buffer, None))
+
+    def post_receive(
+        self, buffer: Any, tag: int, on_done: Callable[[Operation], None] | None = None
+    ) -> Operation:
+        """Start to receive the next message of this tag, which must fit into ``buffer``.
+
+        With ``on_done`` it is a standing receive that may wait for ever.
+        """
+        if self._worker is None:
+            raise PeerGone("the link is closed")
+        api = self._library.api
+        request = self._worker.tag_recv(self._library.array(buffer), api.UCXXTag(tag))
+        if on_done is not None:
+            self._num_idle_receives += 1
+        return self._started(Operation(request, buffer, on_done))
+
+    def throw_away(self, tag: int) -> None:
+        """Receive the next message of this tag into nothing; its sender is done with it then."""
+        if self._worker is not None:
+            request = self._worker.tag_recv(self._empty, self._library.api.UCXXTag(tag))
+            self._started(Operation(request, None, None))
+
+    async def wait(self, operation: Operation) -> None:
+        """Return when the operation is done; raises ``PeerGone``.
+
+        When cancelled, the operation is abandoned: it goes on and keeps its buffer.
+        """
+        if operation.request is not None:
+            operation.future = self._loop.create_future()
+            try:
+                await operation.future
+            except asyncio.CancelledError:
+                operation.is_abandoned = True
+                raise
+        if operation.error is not None:
+            raise PeerGone(operation.error)
+
+    def drain(self) -> None:
+        """Take in all that has arrived, without waiting for more."""
+        while self._worker is not None and self._worker.progress_once():
+            self._settle()
+
+    def close(self, reason: str) -> None:
+        """Close endpoint and worker; what is not done fails. All buffers are free afterwards."""
+        if self._worker is None:
+            return
+        worker, self._worker = self._worker, None
+        self._loop.remove_reader(self._fd)
+        if self._scheduled is not None:
+            self._scheduled.cancel()
+        self._throw_all_away(worker)
+        endpoint, self._endpoint = self._endpoint, None
+        if endpoint is not None:
+            endpoint.close_blocking()  # forced, as error handling is on: does not ask the peer
+        operations, self._operations = self._operations, []
+        for operation in operations:
+            self._end(operation, reason)
+
+    def _throw_all_away(self, worker: Any) -> None:
+        # A worker that is destroyed receives whatever is left, into memory it allocates first:
+        # for a large piece that nobody asked for, that takes longer than a loop may be blocked.
+        api = self._library.api
+        everything = api.UCXXTagMask(0)
+        requests = []
+        while len(requests) < _MAX_DRAINED:
+            found = worker.tag_probe(api.UCXXTag(0), everything)
+            if not found.matched:
+                break
+            requests.append(worker.tag_recv(self._empty, found.sender_tag))
+
+    def _started(self, operation: Operation) -> Operation:
+        if operation.request.completed:
+            self._finish(operation)
+        else:
+            self._operations.append(operation)
+            self._kick()
+        return operation
+
+    def _kick(self) -> None:
+        if self._backoff_s:
+            self._backoff_s = 0.0
+            if self._scheduled is not None:
+                self._scheduled.cancel()
+                self._scheduled = None
+        if self._scheduled is None:
+            self._scheduled = self._loop.call_soon(self._turn)
+
+    def _on_event(self) -> None:
+        if self._scheduled is None or self._backoff_s:
+            self._kick()
+
+    def _turn(self) -> None:
+        self._scheduled = None
+        start_s = time.monotonic()
+        if self._progress(start_s):
+            self._last_progress_s = start_s
+            self._settle()
+            if self._worker is not None:
+                self._kick()
+        elif self._worker.arm():
+            self._backoff_s = 0.0
+        elif start_s - self._last_progress_s < _PATIENCE_S:
+            self._scheduled = self._loop.call_soon(self._turn)
+        else:
+            first_s, longest_s = _BACKOFF_S
+            self._backoff_s = min(max(first_s, 2 * self._backoff_s), longest_s)
+            self._scheduled = self._loop.call_later(self._backoff_s, self._turn)
+
+    def _progress(self, start_s: float) -> bool:
+        """Drive UCX until there is nothing to do, or the turn is over. Whether it did anything."""
+        progress_once = self._worker.progress_once
+        has_progressed = False
+        idle_since_s = start_s
+        is_busy = len(self._operations) > self._num_idle_receives
+        while True:
+            now_s = time.monotonic()
+            if progress_once():
+                has_progressed = True
+                idle_since_s = now_s
+                if now_s - start_s > _BUDGET_S:
+                    return True
+            elif not is_busy or not has_progressed or now_s - idle_since_s > _SPIN_S:
+                return has_progressed
+
+    def _settle(self) -> None:
+        remaining = []
+        done = []
+        for operation in self._operations:
+            (done if operation.request.completed else remaining).append(operation)
+        if not done:
+            return
+        self._operations = remaining
+        for operation in done:
+            self._finish(operation)
+        if self._endpoint is not None and not self._endpoint.alive:
+            self._on_failed("UCX lost the peer")
+
+    def _finish(self, operation: Operation) -> None:
+        if operation.on_done is not None:
+            self._num_idle_receives -= 1
+        try:
+            operation.request.check_error()
+        except self._library.error as error:
+            self._end(operation, f"UCX: {error}")
+        else:
+            self._end(operation, None)
+
+    def _end(self, operation: Operation, error: str | None) -> None:
+        operation.request = None
+        operation.buffer = None
+        operation.error = error
+        if operation.future is not None and not operation.future.done():
+            operation.future.set_result(None)
+        if operation.on_done is not None and self._worker is not None:
+            operation.on_done(operation)
