@@ -133,18 +133,20 @@ class NatsRun:
         self.instance = instance
         self.pid = pid
         self._server = server
+        self._is_asked_to_end = False
 
     async def wait(self) -> int:
-        """See ``Run``; the exit code is not known, and 1 for all."""
+        """See ``Run``; the exit code is not known: 0 if the end was asked for, else 1."""
         if hasattr(os, "pidfd_open"):
             await _until_exit(self.pid)
         # On Linux this only waits for asyncio to hear of it too; elsewhere there is nothing better.
         while self._server.is_running and self._server.pid == self.pid:  # noqa: ASYNC110
             await asyncio.sleep(_NATS_WATCH_PERIOD_S)
-        return 1
+        return 0 if self._is_asked_to_end else 1
 
     def terminate(self) -> None:
         """See ``Run``."""
+        self._is_asked_to_end = True
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:

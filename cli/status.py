@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 import msgspec
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -181,14 +182,19 @@ def as_table(address: BusAddress, reports: list[Report]) -> Table:
     """The state of the suite for people."""
     leader = leader_of(reports)
     title = f"{address.url or address.nats_url}   leader: {leader or 'none'}"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("role")
-    table.add_column("instance")
-    table.add_column("state")
-    for heading in ("queue", "running", "KV", "tokens/s"):
-        table.add_column(heading, justify="right")
-    table.add_column("transport")
-    table.add_column("device")
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("role", "instance", "state"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("queue", "running", "KV", "tok/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("transport", "device"):
+        table.add_column(heading, no_wrap=True)
     for report in reports:
         table.add_row(*_row(report, leader))
     return table

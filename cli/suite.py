@@ -108,13 +108,12 @@ class Suite:
 
     async def stop(self, hurry: asyncio.Event) -> None:
         """Drain and end all there is, the bus last; from ``hurry`` on, kill."""
+        if self._bus is not None:
+            await self._bus.close(timeout_s=0.0)  # nothing more is to be heard or announced
+        deadline_s = _drain_timeout_s() + SHUTDOWN_MARGIN_S
         try:
-            await self._supervisor.stop(
-                deadline_s=_drain_timeout_s() + SHUTDOWN_MARGIN_S, hurry=hurry
-            )
+            await self._supervisor.stop(deadline_s=deadline_s, hurry=hurry)
         finally:
-            if self._bus is not None:
-                await self._bus.close(timeout_s=0.0)
             await self._nats.stop()
 
     def _program(self, spec: ProcessSpec, log_dir: Path) -> Program:

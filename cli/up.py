@@ -78,6 +78,7 @@ def run_up(request: UpRequest) -> int:
     run_dir = _make_run_dir(request.log_dir)
     with (run_dir / "supervisor.log").open("a") as log_file:
         structured_logging.configure("supervisor", "", json=options.json_logs, stream=log_file)
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every probe
         try:
             return asyncio.run(_Up(request, run_dir).run(specs))
         finally:

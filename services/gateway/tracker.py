@@ -15,6 +15,7 @@ from typing import Any
 from services.gateway.config import GatewaySettings
 from services.gateway.counters import GatewayCounters
 from services.gateway.generation import GenerationRequest, TokenEvent, Unserved
+from services.gateway.leader_client import FIRST_RETRY_S, LAST_RETRY_S, LeaderClient
 from services.gateway.live_request import LiveRequest, Progress
 from services.gateway.token_stream import TokenStream
 from shared.bus.base import Bus
@@ -27,12 +28,9 @@ from shared.messages.base import Message
 from shared.messages.requests import (
     AttemptLost,
     AttemptPlaced,
-    CloseRequest,
-    Done,
     GatewaySnapshot,
     LeaderChanged,
     SubmitReply,
-    SubmitRequest,
     SubmitStatus,
 )
 from shared.messages.tokens import (
@@ -46,8 +44,6 @@ from shared.messages.tokens import (
 
 log = logging.getLogger(__name__)
 
-FIRST_RETRY_S = 0.02
-LAST_RETRY_S = 0.5
 MAX_UNKNOWN = 3
 """Inquiries in a row that no instance could answer, after which an attempt is given up."""
 
@@ -74,6 +70,7 @@ class RequestTracker:
         self._gateway = settings.instance
         self._clock = clock
         self._counters = counters
+        self._leader = LeaderClient(bus, settings, clock)
         self._tracked: dict[str, Tracked] = {}
         self._acks: dict[str, list[RequestKey]] = defaultdict(list)
         self._background: set[asyncio.Task[None]] = set()
@@ -145,43 +142,9 @@ class RequestTracker:
     async def _submit(
         self, tracked: Tracked, *, give_up_s: float, is_resend: bool = False
     ) -> SubmitReply:
-        """Tell the leader of the current attempt until it answers.
-
-        Raises ``Refused`` at once when refused and ``Unserved`` after ``give_up_s`` without a
-        leader.
-        """
-        live = tracked.live
-        began_s = self._clock.now_s()
-        pause_s = FIRST_RETRY_S
-        while True:
-            now_s = self._clock.now_s()
-            message = SubmitRequest(
-                model=tracked.model,
-                gateway=self._gateway,
-                request=live.request(),
-                age_s=now_s - live.accepted_s,
-                is_resend=is_resend,
-            )
-            try:
-                reply = await self._bus.request(
-                    subjects.requests(tracked.model),
-                    message,
-                    SubmitReply,
-                    timeout_s=self._settings.submit_timeout_s,
-                )
-                break
-            except (BusError, ProtocolError) as error:
-                if self._clock.now_s() - began_s > give_up_s:
-                    raise Unserved(
-                        f"no scheduler takes requests for {tracked.model}: {error}",
-                        retry_after_s=LAST_RETRY_S,
-                    ) from error
-                # An attempt that got no answer may have been taken nevertheless.
-                is_resend = True
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, LAST_RETRY_S)
-        if reply.status is SubmitStatus.REFUSED:
-            raise Refused(reply.reason, retry_after_s=reply.retry_after_s)
+        reply = await self._leader.submit(
+            tracked.live, tracked.model, give_up_s=give_up_s, is_resend=is_resend
+        )
         self._on_submit_reply(tracked, reply)
         return reply
 
@@ -267,36 +230,10 @@ class RequestTracker:
         self._counters.ended(live.state, self._clock.now_s() - live.accepted_s)
         for instance in live.instances:
             self._acks[instance].append(live.key)
-        self._spawn(self._close(tracked.model, live))
+        self._spawn(self._leader.close(tracked.model, live))
         if not self._tracked:
             self._is_idle.set()
         return True
-
-    async def _close(self, model: str, live: LiveRequest) -> None:
-        """Tell the leader; without one for long enough its audits will find out."""
-        message = CloseRequest(
-            model=model,
-            request_id=live.request_id,
-            attempt=live.attempt,
-            outcome=live.state.value,
-        )
-        deadline_s = self._clock.now_s() + self._settings.close_timeout_s
-        pause_s = FIRST_RETRY_S
-        while True:
-            try:
-                await self._bus.request(
-                    subjects.requests(model),
-                    message,
-                    Done,
-                    timeout_s=self._settings.submit_timeout_s,
-                )
-                return
-            except (BusError, ProtocolError) as error:
-                if self._clock.now_s() > deadline_s:
-                    log.warning("closing was not heard: %s", error)
-                    return
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, LAST_RETRY_S)
 
     # What arrives
 

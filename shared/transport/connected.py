@@ -3,11 +3,12 @@
 import asyncio
 import ssl
 from abc import abstractmethod
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from shared.errors import PeerGone, TransportError
 from shared.transport.base import Transport
-from shared.transport.frames import FrameConnection, FrameHandler
+from shared.transport.frames import FrameConnection
+from shared.transport.links import IncomingLink, Link, OutgoingLink
 from shared.transport.peering import (
     MAX_ADDRESS_BYTES,
     Address,
@@ -19,33 +20,6 @@ from shared.transport.piece import PieceHeader
 
 DIAL_TIMEOUT_S = 10.0
 """A listener that has not let us in by then is gone; a send's own deadline may be shorter."""
-
-
-class Link(FrameHandler, Protocol):
-    """One connection with one peer; data goes one way, from whoever dialled."""
-
-    @property
-    def connection(self) -> FrameConnection:
-        """What the link stands on; it is lost when the link is."""
-
-    @property
-    def peer(self) -> bytes:
-        """The other side's address; empty while it has not said who it is."""
-
-    @property
-    def num_quarantined(self) -> int:
-        """Buffers given up by their callers and still referred to here."""
-
-    @property
-    def quarantined_bytes(self) -> int:
-        """Their size."""
-
-
-class SendingLink(Link, Protocol):
-    """A link that we dialled."""
-
-    async def send(self, header: PieceHeader, payload: memoryview) -> None:
-        """Offer a piece; return when its memory is free. Raises ``PeerGone``."""
 
 
 class ConnectedTransport(Transport):
@@ -84,8 +58,8 @@ class ConnectedTransport(Transport):
         self._server: asyncio.Server | None = None
         self._address = b""
         self._incoming: set[Link] = set()
-        self._outgoing: dict[bytes, SendingLink] = {}
-        self._dialling: dict[bytes, asyncio.Task[SendingLink]] = {}
+        self._outgoing: dict[bytes, OutgoingLink] = {}
+        self._dialling: dict[bytes, asyncio.Task[OutgoingLink]] = {}
 
     @property
     def address(self) -> bytes:
@@ -165,11 +139,11 @@ class ConnectedTransport(Transport):
             del self._outgoing[link.peer]
 
     @abstractmethod
-    def _accept(self) -> Link:
+    def _accept(self) -> IncomingLink:
         """A link for a connection that a peer opened."""
 
     @abstractmethod
-    async def _open(self, peer: bytes, address: Address) -> SendingLink:
+    async def _open(self, peer: bytes, address: Address) -> OutgoingLink:
         """Dial and greet a peer. Raises ``PeerGone`` or ``OSError``."""
 
     def _links(self) -> list[Link]:
@@ -188,7 +162,7 @@ class ConnectedTransport(Transport):
             server_hostname=address.host if self._client_ssl is not None else None,
         )
 
-    async def _dialled(self, peer: bytes) -> SendingLink:
+    async def _dialled(self, peer: bytes) -> OutgoingLink:
         task = self._dialling.get(peer)
         if task is None:
             task = asyncio.create_task(self._dial(peer), name=f"dial {self.name}")
@@ -203,7 +177,7 @@ class ConnectedTransport(Transport):
                 raise PeerGone("the peer was forgotten while it was being dialled") from None
             raise
 
-    async def _dial(self, peer: bytes) -> SendingLink:
+    async def _dial(self, peer: bytes) -> OutgoingLink:
         address = Address.decode(peer, self.kind)
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
@@ -211,7 +185,7 @@ class ConnectedTransport(Transport):
         except (OSError, TimeoutError) as error:
             raise PeerGone(f"{address.host}:{address.port} cannot be reached: {error}") from error
 
-    def _on_dialled(self, peer: bytes, task: asyncio.Task[SendingLink]) -> None:
+    def _on_dialled(self, peer: bytes, task: asyncio.Task[OutgoingLink]) -> None:
         if self._dialling.get(peer) is task:
             del self._dialling[peer]
         if not task.cancelled() and task.exception() is None:

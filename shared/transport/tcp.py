@@ -4,19 +4,15 @@ import asyncio
 from typing import ClassVar
 
 from shared.errors import PeerGone, ProtocolError, TransferTimeout
-from shared.transport.connected import ConnectedTransport, Link, SendingLink
-from shared.transport.frames import FrameConnection, FrameType
+from shared.transport.connected import ConnectedTransport
+from shared.transport.frames import FrameType
 from shared.transport.inbox import INLINE_BYTES, Inbox, Offer
+from shared.transport.links import IncomingLink, Key, LinkOwner, OutgoingLink
 from shared.transport.peering import Address, Greeting, Kind
 from shared.transport.piece import HEADER_BYTES, PieceHeader
 
-GREETING_TIMEOUT_S = 10.0
-"""Whoever connects and does not say who it is by then is thrown out."""
-
 CHUNK_BYTES = 256 << 10
 """Payloads are sent in frames of this size, so that pieces on one connection take turns."""
-
-_Key = tuple[int, int]
 
 
 class TcpTransport(ConnectedTransport):
@@ -28,11 +24,11 @@ class TcpTransport(ConnectedTransport):
 
     kind: ClassVar[Kind] = "tcp"
 
-    def _accept(self) -> Link:
-        return _Incoming(self, self._inbox, self._token)
+    def _accept(self) -> IncomingLink:
+        return _TcpIncoming(self, self._inbox, self._token)
 
-    async def _open(self, peer: bytes, address: Address) -> SendingLink:
-        link = _Outgoing(self, peer)
+    async def _open(self, peer: bytes, address: Address) -> OutgoingLink:
+        link = _TcpOutgoing(self, peer)
         await self._connect(link.connection, address)
         greeting = Greeting(token=address.token, sender=self.address)
         link.connection.send_control(FrameType.GREETING, body=greeting.encode())
@@ -51,13 +47,11 @@ class _Landing:
     def fail(self, error: PeerGone | TransferTimeout) -> None:
         if not self.done.done():
             self.done.set_exception(error)
-            if self.is_abandoned:
-                self.done.exception()
 
 
 class _TcpOffer(Offer):
     def __init__(
-        self, header: PieceHeader, inline: memoryview | None, link: "_Incoming", key: _Key
+        self, header: PieceHeader, inline: memoryview | None, link: "_TcpIncoming", key: Key
     ) -> None:
         super().__init__(header, inline, link)
         self._incoming = link
@@ -70,20 +64,13 @@ class _TcpOffer(Offer):
         self._incoming.refuse(self._key)
 
 
-class _Incoming:
-    """A connection that a peer opened: it offers, we ask."""
-
-    def __init__(self, transport: ConnectedTransport, inbox: Inbox, token: bytes) -> None:
-        self.connection = FrameConnection(self)
-        self.peer = b""
-        self._transport = transport
-        self._inbox = inbox
-        self._token = token
-        self._landings: dict[_Key, _Landing] = {}
-        self._offered: set[_Key] = set()
-        """Pieces whose payload is still with the peer and has been neither asked for nor refused"""
+class _TcpIncoming(IncomingLink):
+    def __init__(self, owner: LinkOwner, inbox: Inbox, token: bytes) -> None:
+        super().__init__(owner, inbox, token)
+        self._landings: dict[Key, _Landing] = {}
+        # Pieces whose payload is still with the peer, neither asked for nor refused.
+        self._offered: set[Key] = set()
         self._lost: str | None = None
-        self._patience: asyncio.TimerHandle | None = None
 
     @property
     def num_quarantined(self) -> int:
@@ -93,7 +80,7 @@ class _Incoming:
     def quarantined_bytes(self) -> int:
         return sum(x.buffer.nbytes for x in self._landings.values() if x.is_abandoned)
 
-    async def accept(self, key: _Key, buffer: memoryview) -> None:
+    async def accept(self, key: Key, buffer: memoryview) -> None:
         if self._lost is not None:
             raise PeerGone(self._lost)
         if key not in self._offered:
@@ -105,38 +92,15 @@ class _Incoming:
         try:
             await landing.done
         except asyncio.CancelledError:
-            # What is on its way still lands; the peer answers WITHDRAW or finishes.
+            # What is on its way still lands; then the peer is done, or it answers WITHDRAW.
             landing.is_abandoned = True
             self.connection.send_control(FrameType.REFUSE, *key)
             raise
 
-    def refuse(self, key: _Key) -> None:
+    def refuse(self, key: Key) -> None:
         if key in self._offered:
             self._offered.discard(key)
             self.connection.send_control(FrameType.REFUSE, *key)
-
-    def on_made(self) -> None:
-        self._transport.link_made(self)
-        self._patience = asyncio.get_running_loop().call_later(
-            GREETING_TIMEOUT_S, self.connection.close, "the peer did not say who it is"
-        )
-
-    def on_frame(self, kind: FrameType, transfer_id: int, piece: int, body: memoryview) -> None:
-        key = (transfer_id, piece)
-        if kind is FrameType.GREETING and not self.peer:
-            self.peer = Greeting.decode(body, self._token).sender
-            self._forgive()
-        elif not self.peer:
-            raise ProtocolError("no greeting")
-        elif kind is FrameType.OFFER:
-            self._on_offer(key, body)
-        elif kind is FrameType.WITHDRAW:
-            self._offered.discard(key)
-            landing = self._landings.pop(key, None)
-            if landing is not None:
-                landing.fail(TransferTimeout(f"the sender gave up piece {piece} of {transfer_id}"))
-        else:
-            raise ProtocolError(f"{kind.name} from the sending side")
 
     def data_target(self, transfer_id: int, piece: int, nbytes: int) -> memoryview:
         landing = self._landings.get((transfer_id, piece))
@@ -152,44 +116,47 @@ class _Incoming:
             if not landing.done.done():
                 landing.done.set_result(None)
 
-    def on_lost(self, reason: str) -> None:
+    def _on_control(self, kind: FrameType, key: Key, body: memoryview) -> None:
+        if kind is FrameType.OFFER:
+            self._on_offer(key, body)
+        elif kind is FrameType.WITHDRAW:
+            self._offered.discard(key)
+            landing = self._landings.pop(key, None)
+            if landing is not None:
+                landing.fail(
+                    TransferTimeout(f"the sender gave up piece {key[1]} of transfer {key[0]}")
+                )
+        else:
+            raise ProtocolError(f"{kind.name} from the sending side")
+
+    def _fail(self, reason: str) -> None:
         self._lost = reason
-        self._forgive()
         self._offered.clear()
         for landing in self._landings.values():
             landing.fail(PeerGone(reason))
         self._landings.clear()
-        self._transport.link_lost(self, reason)
 
-    def _forgive(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-
-    def _on_offer(self, key: _Key, body: memoryview) -> None:
+    def _on_offer(self, key: Key, body: memoryview) -> None:
         header = PieceHeader.unpack(body)
         is_inline = header.nbytes <= INLINE_BYTES
-        if (header.transfer_id, header.piece) != key or body.nbytes != HEADER_BYTES + (
-            header.nbytes if is_inline else 0
+        inline = memoryview(bytes(body[HEADER_BYTES:])) if is_inline else None
+        if (header.transfer_id, header.piece) != key or (
+            body.nbytes - HEADER_BYTES != (header.nbytes if is_inline else 0)
         ):
             raise ProtocolError("an offer that contradicts itself")
         if key in self._offered or key in self._landings:
             raise ProtocolError(f"piece {key[1]} of transfer {key[0]} is offered twice")
-        inline = memoryview(bytes(body[HEADER_BYTES:])) if is_inline else None
         if not is_inline:
             self._offered.add(key)
         if not self._inbox.put(_TcpOffer(header, inline, self, key)):
             raise ProtocolError("too many pieces that nobody asked for")
 
 
-class _Outgoing:
-    """A connection that we opened: we offer, the peer asks."""
-
-    def __init__(self, transport: ConnectedTransport, peer: bytes) -> None:
-        self.connection = FrameConnection(self)
-        self.peer = peer
-        self._transport = transport
-        self._answers: dict[_Key, asyncio.Future[bool]] = {}
-        self._refused: set[_Key] = set()
+class _TcpOutgoing(OutgoingLink):
+    def __init__(self, owner: LinkOwner, peer: bytes) -> None:
+        super().__init__(owner, peer)
+        self._answers: dict[Key, asyncio.Future[bool]] = {}
+        self._refused: set[Key] = set()
 
     @property
     def num_quarantined(self) -> int:
@@ -219,22 +186,11 @@ class _Outgoing:
             if not is_complete:
                 self.connection.send_control(FrameType.WITHDRAW, *key)
 
-    async def _send_payload(self, key: _Key, payload: memoryview) -> bool:
-        for offset in range(0, payload.nbytes, CHUNK_BYTES):
-            if key in self._refused:
-                return False
-            chunk = payload[offset : offset + CHUNK_BYTES]
-            await self.connection.send(FrameType.DATA, *key, chunk)
-        return True
-
-    def on_made(self) -> None:
-        pass
-
     def on_frame(self, kind: FrameType, transfer_id: int, piece: int, body: memoryview) -> None:
-        key = (transfer_id, piece)
-        answer = self._answers.get(key)
         if kind not in (FrameType.ACCEPT, FrameType.REFUSE):
             raise ProtocolError(f"{kind.name} from the receiving side")
+        key = (transfer_id, piece)
+        answer = self._answers.get(key)
         if answer is None:
             return  # given up in the meantime: the WITHDRAW is on its way
         if not answer.done():
@@ -242,15 +198,16 @@ class _Outgoing:
         elif kind is FrameType.REFUSE:
             self._refused.add(key)
 
-    def data_target(self, transfer_id: int, piece: int, nbytes: int) -> memoryview:
-        raise ProtocolError("data from the receiving side")
-
-    def on_data(self, transfer_id: int, piece: int, nbytes: int) -> None:
-        raise ProtocolError("data from the receiving side")
-
-    def on_lost(self, reason: str) -> None:
+    def _fail(self, reason: str) -> None:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(PeerGone(reason))
                 answer.exception()
-        self._transport.link_lost(self, reason)
+
+    async def _send_payload(self, key: Key, payload: memoryview) -> bool:
+        for offset in range(0, payload.nbytes, CHUNK_BYTES):
+            if key in self._refused:
+                return False
+            chunk = payload[offset : offset + CHUNK_BYTES]
+            await self.connection.send(FrameType.DATA, *key, chunk)
+        return True

@@ -49,9 +49,7 @@ class UcxPort:
     then closes the port. Everything runs on the event loop that made it.
     """
 
-    def __init__(
-        self, library: UcxLibrary, context: Any, on_failed: Callable[[str], None]
-    ) -> None:
+    def __init__(self, library: UcxLibrary, context: Any, on_failed: Callable[[str], None]) -> None:
         self._library = library
         self._on_failed = on_failed
         self._loop = asyncio.get_running_loop()
@@ -82,9 +80,7 @@ class UcxPort:
         api = self._library.api
         try:
             address = api.UCXAddress.create_from_buffer(worker_address)
-            self._endpoint = api.UCXEndpoint.create_from_worker_address(
-                self._worker, address, True
-            )
+            self._endpoint = api.UCXEndpoint.create_from_worker_address(self._worker, address, True)
         except self._library.error as error:
             raise PeerGone(f"UCX cannot reach the peer: {error}") from error
         self._kick()
