@@ -6,8 +6,11 @@
     ├── ConfigError               a setting is missing or wrong (names the key and its value)
     ├── InvalidRequest            the caller's fault, HTTP 4xx (names the field)
     │   ├── ModelNotFound
-    │   └── ContextLengthExceeded
-    ├── Refused                   cannot be taken now, HTTP 429/503 (says when to come back)
+    │   ├── ContextLengthExceeded
+    │   └── services.gateway.errors: AuthenticationFailed, PayloadTooLarge,
+    │       UnsupportedMediaType, BodyTimeout
+    ├── Refused                   cannot be taken now, HTTP 429 (says when to come back)
+    │   └── services.gateway.generation: Unserved (nobody serves the model, HTTP 503)
     ├── RequestFailed             accepted, but could not be finished, HTTP 500/503
     ├── LifecycleError            an event that the state does not allow
     ├── StaleCommand              older attempt or leader epoch than the receiver has seen
@@ -18,6 +21,7 @@
     │   ├── NoResponder
     │   ├── BusDisconnected
     │   ├── LeaseLost
+    │   ├── shared.bus.jetstream: JetStreamError
     │   └── RemoteError           the other side answered with an error
     ├── TransportError
     │   ├── TransferTimeout

@@ -51,6 +51,9 @@ class GatewayService(Service):
         )
         self._models = {model.name: model}
         self._socket = _listen(settings.host, settings.port)
+        host, port = self._socket.getsockname()[:2]
+        self.url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        """Where clients on this host reach this gateway."""
 
     async def start(self, runtime: Runtime) -> None:
         """Join the bus and open the port."""
@@ -88,12 +91,6 @@ class GatewayService(Service):
         runtime.spawn(self._reporter.run(), name="reports")
         self._serving = runtime.spawn(self._server.serve([self._socket]), name="http")
         log.info("listening on %s", self.url)
-
-    @property
-    def url(self) -> str:
-        """Where clients reach this gateway."""
-        host, port = self._socket.getsockname()[:2]
-        return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
     async def stop_intake(self) -> None:
         """Take no new connection; answers under way go on."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.bus.leases import LeaseEvent
-from shared.errors import BusError, ProtocolError
+from shared.errors import BusError
 
 HOLDER_HEADER = "Banyan-Holder"
 EXPECTED_REVISION_HEADER = "Nats-Expected-Last-Subject-Sequence"
@@ -52,14 +52,14 @@ def read_state(revision: int, headers: Mapping[str, str], data: bytes) -> KeySta
 def read_answer(data: bytes) -> dict[str, Any]:
     """The object JetStream answered with.
 
-    Raises ``JetStreamError`` if it is an error and ``ProtocolError`` if it is no object.
+    Raises ``JetStreamError`` if it is an error and ``BusError`` if it is no object.
     """
     try:
         answer = json.loads(data)
     except ValueError as error:
-        raise ProtocolError(f"JetStream answered with what is not JSON: {data[:80]!r}") from error
+        raise BusError(f"JetStream answered with what is not JSON: {data[:80]!r}") from error
     if not isinstance(answer, dict):
-        raise ProtocolError(f"JetStream answered with what is no object: {data[:80]!r}")
+        raise BusError(f"JetStream answered with what is no object: {data[:80]!r}")
     failure = answer.get("error")
     if failure is not None:
         code = failure.get("err_code", failure.get("code", 0))

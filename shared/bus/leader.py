@@ -105,15 +105,14 @@ class LeaderElection:
 
     async def _watch(self) -> None:
         """Wake the campaign when the lease changes hands, until the bus is closed."""
-        is_watching = False
-        while not is_watching:
+        while True:
             try:
                 async with self._leases.watch(self._key) as changes:
-                    is_watching = True
                     async for change in changes:
                         if change.event is LeaseEvent.RELEASED:
                             self._rival_seen = False
                         self._wake.set()
+                return
             except BusError as error:
                 # Until this works the timer of the campaign has to do.
                 logger.info("%s cannot watch %s: %s", self._candidate, self._key, error)

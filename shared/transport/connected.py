@@ -57,7 +57,7 @@ class ConnectedTransport(Transport):
         self._token = new_token()
         self._server: asyncio.Server | None = None
         self._address = b""
-        self._incoming: set[Link] = set()
+        self._links: set[Link] = set()
         self._outgoing: dict[bytes, OutgoingLink] = {}
         self._dialling: dict[bytes, asyncio.Task[OutgoingLink]] = {}
 
@@ -71,12 +71,12 @@ class ConnectedTransport(Transport):
     @property
     def num_quarantined(self) -> int:
         """See ``Transport``."""
-        return sum(link.num_quarantined for link in self._links())
+        return sum(link.num_quarantined for link in self._links)
 
     @property
     def quarantined_bytes(self) -> int:
         """See ``Transport``."""
-        return sum(link.quarantined_bytes for link in self._links())
+        return sum(link.quarantined_bytes for link in self._links)
 
     async def start(self) -> None:
         """See ``Transport``."""
@@ -109,7 +109,7 @@ class ConnectedTransport(Transport):
         self._server.close()
         self._inbox.close(reason)
         await self._stop_dialling(list(self._dialling))
-        await self._close_links(self._links(), reason)
+        await self._close_links(list(self._links), reason)
         self._server = None
         self._staging.clear()
 
@@ -117,7 +117,7 @@ class ConnectedTransport(Transport):
         """See ``Transport``."""
         await self._stop_dialling([peer])
         await self._close_links(
-            [link for link in self._links() if link.peer == peer], "the peer was forgotten"
+            [link for link in self._links if link.peer == peer], "the peer was forgotten"
         )
 
     async def _send(self, peer: bytes, header: PieceHeader, payload: memoryview) -> None:
@@ -127,15 +127,14 @@ class ConnectedTransport(Transport):
         await link.send(header, payload)
 
     def link_made(self, link: Link) -> None:
-        """A link that ``_accept`` gave is connected; for links."""
-        self._incoming.add(link)
+        """A link is connected; for links."""
+        self._links.add(link)
 
     def link_lost(self, link: Link, reason: str) -> None:
         """A link's connection is gone; for links."""
-        if link in self._incoming:
-            self._incoming.discard(link)
-            self._inbox.lose(link, PeerGone(reason))
-        elif self._outgoing.get(link.peer) is link:
+        self._links.discard(link)
+        self._inbox.lose(link, PeerGone(reason))
+        if self._outgoing.get(link.peer) is link:
             del self._outgoing[link.peer]
 
     @abstractmethod
@@ -145,9 +144,6 @@ class ConnectedTransport(Transport):
     @abstractmethod
     async def _open(self, peer: bytes, address: Address) -> OutgoingLink:
         """Dial and greet a peer. Raises ``PeerGone`` or ``OSError``."""
-
-    def _links(self) -> list[Link]:
-        return [*self._incoming, *self._outgoing.values()]
 
     def _on_connection(self) -> FrameConnection:
         return self._accept().connection

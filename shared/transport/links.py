@@ -25,7 +25,7 @@ class LinkOwner(Protocol):
         """Its own address."""
 
     def link_made(self, link: "Link") -> None:
-        """An incoming link is connected."""
+        """A link is connected."""
 
     def link_lost(self, link: "Link", reason: str) -> None:
         """A link's connection is gone."""
@@ -58,6 +58,7 @@ class Link(ABC):
 
     def on_made(self) -> None:
         """See ``FrameHandler``."""
+        self._owner.link_made(self)
 
     def data_target(self, transfer_id: int, piece: int, nbytes: int) -> memoryview:
         """See ``FrameHandler``; no data is expected unless a subclass says so."""
@@ -65,6 +66,7 @@ class Link(ABC):
 
     def on_data(self, transfer_id: int, piece: int, nbytes: int) -> None:
         """See ``FrameHandler``."""
+        raise ProtocolError("data that nobody asked for")
 
     def on_lost(self, reason: str) -> None:
         """See ``FrameHandler``."""
@@ -95,7 +97,7 @@ class IncomingLink(Link):
 
     def on_made(self) -> None:
         """See ``FrameHandler``."""
-        self._owner.link_made(self)
+        super().on_made()
         self._patience = asyncio.get_running_loop().call_later(
             GREETING_TIMEOUT_S, self.connection.close, "the peer did not say who it is"
         )

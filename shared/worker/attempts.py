@@ -23,6 +23,8 @@ class Attempt:
     peer: str = ""
     batch_id: int = 0
     num_output_tokens: int = 0
+    num_cached_tokens: int | None = None
+    """Prompt tokens that the prefill found cached, where the prefill was elsewhere."""
 
     @property
     def key(self) -> RequestKey:

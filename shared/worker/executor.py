@@ -212,6 +212,7 @@ class Executor:
         )
         self._outputs.append(delta, self._now_s())
         attempt.num_output_tokens = len(delta.token_ids)
+        attempt.num_cached_tokens = trailer.num_cached_tokens
         self._event(
             TransferFinished(
                 instance=self._instance,

@@ -171,6 +171,9 @@ class WorkerService(Service):
         attempt = self._attempts.get(output.key)
         if attempt is None:
             return
+        num_cached_tokens = attempt.num_cached_tokens
+        if num_cached_tokens is None:
+            num_cached_tokens = output.num_cached_tokens
         delta = TokenDelta(
             request_id=output.key.request_id,
             attempt=output.key.attempt,
@@ -179,7 +182,7 @@ class WorkerService(Service):
             logprobs=output.logprobs or None,
             finish_reason=output.finish_reason,
             error=output.error or "",
-            num_cached_tokens=output.num_cached_tokens,
+            num_cached_tokens=num_cached_tokens,
         )
         self._outputs.append(delta, self._loop.time())
         deltas.setdefault(attempt.gateway, []).append(delta)

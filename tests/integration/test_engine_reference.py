@@ -18,6 +18,7 @@ from transformers import (
 from shared.engine.attention import AttentionBatch, TorchAttention
 from shared.engine.config import EngineConfig
 from shared.engine.model import ModelChain, load_model
+from shared.engine.sampler import SamplingRow, sample
 from shared.errors import BanyanError, ConfigError, OutOfMemory, UnsupportedModel
 from shared.kvcache.pool import KVPool
 from tests.engines import Collector, Reference, make_engine, make_request, random_prompt, run
@@ -134,6 +135,16 @@ def test_logprobs_agree_with_the_reference(models: dict[str, Path]) -> None:
             assert list(logprobs.top_ids) == top.indices.tolist()
             assert list(logprobs.top_logprobs) == pytest.approx(top.values.tolist(), abs=1e-4)
             tokens += output.token_ids
+
+
+def test_a_draw_is_a_function_of_seed_and_output_position(models: dict[str, Path]) -> None:
+    prompt = random_prompt(20, seed=8)
+    request = make_request("a", prompt, temperature=1.3, seed=99)
+    tokens = run(make_engine(models["llama-mha"]), request)["a"]
+    logits = Reference(models["llama-mha"]).logits([*prompt, *tokens])[len(prompt) - 1 : -1]
+    rows = [SamplingRow(request.sampling, position, frozenset()) for position in range(16)]
+    assert tokens == [row.token_id for row in sample(logits, rows)]
+    assert tokens != logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -104,12 +104,21 @@ def test_a_poisoned_request_fails_and_its_blocks_poison_nobody(tmp_path: Path) -
 
 
 class _Faulty(TorchAttention):
-    """Attention that breaks as soon as a request reaches a certain length."""
+    """Attention whose last layer breaks when a request reaches a certain length."""
 
-    def prepare(self, batch: AttentionBatch) -> dict[int | None, object]:  # type: ignore[override]
-        if 23 in batch.context_lens:
+    def forward(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        batch: AttentionBatch,
+    ) -> Tensor:
+        if layer == 2 and 23 in batch.context_lens:
             raise RuntimeError("broken at 23")
-        return dict(super().prepare(batch))
+        return super().forward(layer, query, key, value, scaling=scaling, batch=batch)
 
 
 def test_when_a_batch_breaks_only_the_guilty_fails(model: Path) -> None:
