@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 import msgspec
-from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -186,7 +185,7 @@ def as_table(address: BusAddress, reports: list[Report]) -> Table:
         title=title,
         title_justify="left",
         title_style="bold",
-        box=box.SIMPLE_HEAD,
+        box=None,
         padding=(0, 1, 0, 0),
     )
     for heading in ("role", "instance", "state"):

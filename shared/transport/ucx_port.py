@@ -14,11 +14,13 @@ _BUDGET_S = 0.001
 _SPIN_S = 20e-6
 """How long to look for the next fragment before going to sleep; waking up costs more."""
 
-_PATIENCE_S = 0.0005
-"""How long a sender looks for room at the receiver in every turn of the loop ..."""
+_PATIENCE_S = 0.002
+"""How long a sender that waits for room at the receiver looks for it in every turn of the loop."""
 
-_BACKOFF_S = (0.001, 0.016)
-"""... before it looks after this time, doubled up to that. UCX has no event for "there is room"."""
+_BACKOFF = 0.1
+_MAX_BACKOFF_S = 0.016
+"""Then it looks after a tenth of the time that nothing has moved, at most after this: UCX has no
+event for "there is room", and a peer that is frozen must not cost a core."""
 
 _MAX_DRAINED = 1 << 16
 
@@ -65,7 +67,7 @@ class UcxPort:
         self._operations: list[Operation] = []
         self._num_idle_receives = 0
         self._scheduled: asyncio.Handle | None = None
-        self._backoff_s = 0.0
+        self._is_backing_off = False
         self._last_progress_s = 0.0
         self._empty = library.array(memoryview(bytearray(1))[:0])
 
@@ -179,34 +181,34 @@ class UcxPort:
         return operation
 
     def _kick(self) -> None:
-        if self._backoff_s:
-            self._backoff_s = 0.0
-            if self._scheduled is not None:
-                self._scheduled.cancel()
-                self._scheduled = None
+        if self._is_backing_off and self._scheduled is not None:
+            self._scheduled.cancel()
+            self._scheduled = None
+        self._is_backing_off = False
         if self._scheduled is None:
             self._scheduled = self._loop.call_soon(self._turn)
 
     def _on_event(self) -> None:
-        if self._scheduled is None or self._backoff_s:
+        if self._scheduled is None or self._is_backing_off:
             self._kick()
 
     def _turn(self) -> None:
         self._scheduled = None
+        self._is_backing_off = False
         start_s = time.monotonic()
         if self._progress(start_s):
             self._last_progress_s = start_s
             self._settle()
             if self._worker is not None:
                 self._kick()
-        elif self._worker.arm():
-            self._backoff_s = 0.0
-        elif start_s - self._last_progress_s < _PATIENCE_S:
-            self._scheduled = self._loop.call_soon(self._turn)
-        else:
-            first_s, longest_s = _BACKOFF_S
-            self._backoff_s = min(max(first_s, 2 * self._backoff_s), longest_s)
-            self._scheduled = self._loop.call_later(self._backoff_s, self._turn)
+        elif not self._worker.arm():
+            idle_s = start_s - self._last_progress_s
+            if idle_s < _PATIENCE_S:
+                self._scheduled = self._loop.call_soon(self._turn)
+            else:
+                delay_s = min(_BACKOFF * idle_s, _MAX_BACKOFF_S)
+                self._scheduled = self._loop.call_later(delay_s, self._turn)
+                self._is_backing_off = True
 
     def _progress(self, start_s: float) -> bool:
         """Drive UCX until there is nothing to do, or the turn is over. Whether it did anything."""

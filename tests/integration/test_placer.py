@@ -128,7 +128,10 @@ async def test_it_reports_and_drains(world: World) -> None:
     async with world.running(service, settings) as runtime:
         await report(bus, "decode", "decode-1")
         await until(
-            lambda: isinstance(heard[-1], ServiceReport) and heard[-1].gauges["num_workers"] == 1
+            lambda: any(
+                isinstance(message, ServiceReport) and message.gauges["num_workers"] == 1
+                for message in heard
+            )
         )
         drain = Drain(reason="test")
         subject = subjects.control(settings.instance, "drain")

@@ -46,8 +46,10 @@ class Blocking:
 
     def __init__(self) -> None:
         self.may_go = threading.Event()
+        self.has_begun = threading.Event()
 
     def predict(self, questions: Sequence[LengthQuestion]) -> list[LengthDistribution]:
+        self.has_begun.set()
         assert self.may_go.wait(TIMEOUT_S)
         return [LengthDistribution.endless() for _ in questions]
 
@@ -67,9 +69,11 @@ async def ask(bus: Bus, request_id: str, *, input_len: int = 30, max_tokens: int
         prompt_token_ids=tuple(range(input_len)),
         max_tokens=max_tokens,
     )
-    return await bus.request(
-        subjects.predict(), question, LengthPrediction, timeout_s=TIMEOUT_S
-    )
+    return await bus.request(subjects.predict(), question, LengthPrediction, timeout_s=TIMEOUT_S)
+
+
+def reports(messages: Sequence[Message]) -> list[ServiceReport]:
+    return [message for message in messages if isinstance(message, ServiceReport)]
 
 
 @pytest.mark.parametrize("kind", ["constant", "input_length"])
@@ -121,15 +125,24 @@ async def test_a_predictor_that_is_slow_or_full_says_so(memory: MemoryWorld) -> 
     service = PredictorService(settings, predictor=blocking, open_bus=memory.open_bus)
     async with memory.running(service, settings) as runtime:
         bus = await memory.bus()
+        predicted = asyncio.create_task(ask(bus, "predicted"))
+        assert await asyncio.to_thread(blocking.has_begun.wait, TIMEOUT_S)
         answers = await asyncio.gather(
-            *(ask(bus, f"r{n}") for n in range(3)), return_exceptions=True
+            *(ask(bus, name) for name in ("waiting", "too many")), return_exceptions=True
         )
-        errors = [answer for answer in answers if isinstance(answer, RemoteError)]
-        assert sorted(error.code for error in errors) == ["Refused", "RequestFailed", "RequestFailed"]
+        with pytest.raises(RemoteError) as failed:
+            await predicted
+        errors = [*answers, failed.value]
+        assert [getattr(error, "code", None) for error in errors] == [
+            "RequestFailed",
+            "Refused",
+            "RequestFailed",
+        ]
         value = runtime.metrics.value
         assert value("banyan_predictor_unanswered_requests_total", {"reason": "timeout"}) == 2
         assert value("banyan_predictor_unanswered_requests_total", {"reason": "refused"}) == 1
         blocking.may_go.set()
+        await until(lambda: value("banyan_predictor_predicted_batches_total") == 1)
         assert (await ask(bus, "later")).p50_tokens == 500
 
 
@@ -166,11 +179,8 @@ async def test_it_reports_and_drains(world: World) -> None:
     service = PredictorService(settings, open_bus=world.open_bus)
     async with world.running(service, settings) as runtime:
         await ask(bus, "r")
-        await until(
-            lambda: isinstance(heard[-1], ServiceReport) and heard[-1].gauges["total_answered"] == 1
-        )
-        report = heard[-1]
-        assert isinstance(report, ServiceReport)
+        await until(lambda: any(one.gauges["total_answered"] == 1 for one in reports(heard)))
+        report = reports(heard)[-1]
         assert report.labels == {"predictor": "constant"}
         assert report.model == settings.served_model_name
         drain = Drain(reason="test")
