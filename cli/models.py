@@ -1,5 +1,6 @@
 """From what ``--model`` says to a directory with a model."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ def resolve_model(model: str | None) -> Model:
     """
     if model is None:
         return _checked(BUNDLED_MODEL, BUNDLED_MODEL.name)
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # unlike Path's, it leaves an unknown ~user alone
     if path.is_dir():
         path = path.resolve()
         return _checked(path, path.name)

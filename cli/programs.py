@@ -102,7 +102,8 @@ class ServiceProgram:
         environ = {**self._spec.environment(os.environ), **self._connection()}
         environ["BANYAN_INSTANCE"] = instance
         environ["BANYAN_PARENT_PID"] = str(os.getpid())
-        environ.pop("BANYAN_HEALTH_PORT", None)  # one port cannot be that of all
+        for name in ("BANYAN_HEALTH_PORT", "BANYAN_HEALTH_PORT_FILE"):
+            environ.pop(name, None)  # one port cannot be that of all
         with self.log_path.open("ab") as log:
             self._log_offset = log.tell()
             process = await asyncio.create_subprocess_exec(

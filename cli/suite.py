@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -33,8 +34,8 @@ PROBE_TIMEOUT_S = 2.0
 class Suite:
     """Everything ``banyan up`` starts. ``start``, then ``until_ready``; ``stop`` whatever happened.
 
-    ``run_dir`` gets a log file for each slot and the state of NATS. ``probe_url`` answers 200 when
-    requests can be served; ``None`` asks nobody.
+    ``run_dir`` gets a log file for each slot and, until the end, the state of NATS. ``probe_url`` answers 200 when
+    requests can be served; ``None`` asks nobody. Raises ``ConfigError`` for a variable that is wrong.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class Suite:
     ) -> None:
         # A letter first: what looks like a number is one to nats-server.
         self._passwords = {name: f"p{secrets.token_urlsafe(24)}" for name in USERS}
+        self._nats_dir = run_dir / f"nats-{os.getpid()}"
         self._nats = EmbeddedNats(
-            run_dir / "nats",
+            self._nats_dir,
             users=nats_users(self._passwords.__getitem__, leader_lease_ttl_s=_lease_ttl_s()),
         )
+        self._shutdown_s = _drain_timeout_s() + SHUTDOWN_MARGIN_S
         self._bus: NatsBus | None = None
         self._probe_url = probe_url
         self._news = asyncio.Event()
@@ -110,11 +113,11 @@ class Suite:
         """Drain and end all there is, the bus last; from ``hurry`` on, kill."""
         if self._bus is not None:
             await self._bus.close(timeout_s=0.0)  # nothing more is to be heard or announced
-        deadline_s = _drain_timeout_s() + SHUTDOWN_MARGIN_S
         try:
-            await self._supervisor.stop(deadline_s=deadline_s, hurry=hurry)
+            await self._supervisor.stop(deadline_s=self._shutdown_s, hurry=hurry)
         finally:
             await self._nats.stop()
+            await asyncio.to_thread(shutil.rmtree, self._nats_dir, ignore_errors=True)
 
     def _program(self, spec: ProcessSpec, log_dir: Path) -> Program:
         def connection() -> Mapping[str, str]:

@@ -76,6 +76,8 @@ def run_up(request: UpRequest) -> int:
     specs = plan_suite(options, find_hardware(options.device))
     check_ports(options.host, options.gateway_ports())
     run_dir = _make_run_dir(request.log_dir)
+    if request.ready_file is not None:
+        request.ready_file.unlink(missing_ok=True)  # of a former run that was killed
     with (run_dir / "supervisor.log").open("a") as log_file:
         structured_logging.configure("supervisor", "", json=options.json_logs, stream=log_file)
         logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every probe
@@ -197,13 +199,14 @@ class _Up:
             remove_state(self._ready[1])
             if self._request.ready_file is not None:
                 self._request.ready_file.unlink(missing_ok=True)
-        shutil.rmtree(self._run_dir / "nats", ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _signals(on_signal: Callable[[], None]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        signals.append(signal.SIGHUP)
     for signum in signals:
         loop.add_signal_handler(signum, on_signal)
     try:

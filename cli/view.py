@@ -1,14 +1,16 @@
 """What ``banyan up`` shows while the suite starts, runs and stops."""
 
+import signal
 import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.status import Status
 
-from cli.supervision import Phase, Slot
+from cli.supervision import Phase, Slot, describe_exit
 from cli.supervisor import Change, Failure
 
 _COLOURS = {
@@ -19,7 +21,8 @@ _COLOURS = {
     Phase.ENDED: "dim",
     Phase.FAILED: "bold red",
 }
-_WORDS = {Phase.STARTING: "loading model"}
+_ORDERLY_ENDS = (describe_exit(0), describe_exit(-signal.SIGTERM))
+"""A process that is still importing has no handler for the signal yet."""
 
 
 class UpView:
@@ -31,6 +34,8 @@ class UpView:
         self._status: Status | None = None
         self._phases: dict[Slot, Phase] = {}
         self._title = "starting"
+        self._is_running = False
+        self._is_stopping = False
         self._began_s = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -64,16 +69,21 @@ class UpView:
         """Show that a process started, got ready or ended."""
         self._phases[change.slot] = change.phase
         is_news = change.phase not in (Phase.STARTING, Phase.READY)
-        if is_news and change.detail:
+        if self._is_stopping and change.detail in _ORDERLY_ENDS:
+            pass  # the live line shows it
+        elif is_news and change.detail:
             colour = _COLOURS[change.phase]
-            self.say(f"[{colour}]{change.slot}[/] {change.phase}: {change.detail}")
-        elif self._status is None and self._title == "starting":
+            self.say(f"[{colour}]{change.slot}[/] {change.phase}: {escape(change.detail)}")
+        elif self._is_running and change.phase is Phase.READY:
+            self.say(f"[{_COLOURS[change.phase]}]{change.slot}[/] ready again")
+        elif self._status is None and not self._is_running:
             self.say(f"{change.slot} {change.phase}")
         self._refresh()
 
     def stopping(self) -> None:
         """Show that the suite drains."""
         self._title = "stopping, Ctrl-C again kills"
+        self._is_running, self._is_stopping = False, True
         if self._console.is_terminal and not self._is_quiet and self._status is None:
             self._status = self._console.status(self._line())
             self._status.start()
@@ -82,20 +92,24 @@ class UpView:
     def running(self) -> None:
         """Everything is up; from here on only what goes wrong is shown."""
         self.settle()
-        self._title = "running"
+        self._is_running = True
 
     def failed(self, failure: Failure, log_dir: str) -> None:
         """Show why the suite cannot work."""
         self.settle()
-        self._console.print(f"[bold red]{failure.slot} does not start:[/] {failure.reason}")
+        reason = escape(failure.reason)
+        self._print(f"[bold red]{failure.slot} does not start:[/] {reason}")
         if failure.log_tail:
-            self._console.print(failure.log_tail, markup=False, highlight=False, style="dim")
-        self._console.print(f"the logs are in {log_dir}", highlight=False, soft_wrap=True)
+            self._print(f"[dim]{escape(failure.log_tail)}[/]")
+        self._print(f"the logs are in {escape(log_dir)}")
 
     def say(self, text: str) -> None:
         """One line, unless nothing is to be said."""
         if not self._is_quiet:
-            self._console.print(text, highlight=False, soft_wrap=True)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def _refresh(self) -> None:
         if self._status is not None:
@@ -110,7 +124,7 @@ def _summary(phases: Mapping[Slot, Phase]) -> str:
     for slot, phase in sorted(phases.items()):
         word = phase.value
         if phase is Phase.STARTING and slot.role in ("prefill", "decode"):
-            word = _WORDS[phase]
+            word = "loading model"
         mark = "✓" if phase is Phase.READY else f" {word}"
         parts.append(f"[{_COLOURS[phase]}]{slot}{mark}[/]")
     return "  ".join(parts)

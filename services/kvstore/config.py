@@ -13,7 +13,10 @@ class KVStoreSettings(ServiceSettings):
     service: ClassVar[str] = "kvstore"
 
     capacity_bytes: int = Field(default=1 << 30, gt=0)
-    """Host memory for blocks, those that are arriving included."""
+    """Host memory for blocks, those that are arriving included.
+
+    What the transport keeps to land payloads in comes on top.
+    """
     transport: Literal["auto", "ucx", "tcp"] = "auto"
     transport_host: str = "127.0.0.1"
 

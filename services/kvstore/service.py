@@ -1,7 +1,6 @@
 """The KV store process: answers lookups, sends blocks, takes offers."""
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
@@ -25,8 +24,6 @@ from shared.runtime import Release, Runtime, Service
 from shared.transport.base import MAX_PIECE_BYTES, MAX_PIECES, TransferIds, Transport
 from shared.transport.factory import create_transport
 from shared.transport.piece import check_id
-
-log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 0.1
 

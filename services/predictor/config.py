@@ -22,8 +22,11 @@ class PredictorSettings(ServiceSettings):
 
     max_batch_size: int = Field(default=32, gt=0)
     """Questions predicted at a time."""
-    max_batch_wait_s: float = Field(default=0.001, ge=0)
-    """How long a batch that is not full is kept open; 0 takes what waits at that moment."""
+    max_batch_wait_s: float = Field(default=0.0, ge=0)
+    """How long a batch that is not full is kept open; 0 takes what waits at that moment.
+
+    The next batch gathers while one is predicted, so a wait pays only with slow models.
+    """
     max_waiting: int = Field(default=1024, gt=0)
     """More waiting questions than this are refused."""
     answer_timeout_s: float = Field(default=1.0, gt=0)

@@ -283,7 +283,8 @@ class IterationScheduler:
 
     def _register(self, request: EngineRequest) -> None:
         """Put blocks that have become full into the prefix cache."""
-        if not self._enable_prefix_cache:
+        num_full = request.num_computed_tokens // self.blocks.block_size
+        if not self._enable_prefix_cache or num_full == request.num_registered_blocks:
             return
         keys = request.full_block_keys(request.num_computed_tokens, self.blocks.block_size)
         for index in range(request.num_registered_blocks, len(keys)):

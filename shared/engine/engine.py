@@ -33,7 +33,7 @@ class Engine:
     With ``export`` the KV of a request's prefill goes to ``kv_sink`` in the engine's thread, right
     after each layer of each chunk: per layer each block exactly once, full ones as soon as they
     are full, with the last chunk the partial last one too; cached prefix blocks included. An error
-    raised by the sink fails the request whose KV it was given.
+    raised by the sink fails the request whose KV it was given. It may be changed between steps.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Engine:
         At most ``request.num_tokens - 1``: then the next step decodes, which is how a decode
         takes over after a prefill that has sampled the last of ``request.output_token_ids``.
         With fewer the rest is prefilled here first. Raises as ``add``, and ``LifecycleError``
-        unless the attempt is reserved.
+        unless the attempt is reserved; the reservation then stays as it was.
         """
         self._check(request, export)
         self._scheduler.start_reserved(

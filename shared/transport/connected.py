@@ -2,21 +2,25 @@
 
 import asyncio
 import ssl
-from abc import abstractmethod
 from typing import Any, ClassVar
 
 from shared.errors import PeerGone, TransportError
 from shared.transport.base import Transport
 from shared.transport.frames import FrameConnection
-from shared.transport.links import IncomingLink, Link, OutgoingLink
+from shared.transport.inbox import Inbox
+from shared.transport.incoming_link import IncomingLink
+from shared.transport.links import Link
+from shared.transport.outgoing_link import OutgoingLink
 from shared.transport.peering import (
     MAX_ADDRESS_BYTES,
     Address,
+    Greeting,
     Kind,
     advertised_host,
     new_token,
 )
 from shared.transport.piece import PieceHeader
+from shared.transport.pull import OwnMemory
 
 DIAL_TIMEOUT_S = 10.0
 """A listener that has not let us in by then is gone; a send's own deadline may be shorter."""
@@ -40,12 +44,15 @@ class ConnectedTransport(Transport):
         advertise_host: str | None = None,
         server_ssl: ssl.SSLContext | None = None,
         client_ssl: ssl.SSLContext | None = None,
+        pull: bool = True,
         **options: Any,
     ) -> None:
         """Make a transport that listens on ``host``; 0 is any free port.
 
         ``advertise_host`` is what peers are told to dial: by default ``host``, or this machine's
-        own name when bound to all interfaces. ``options`` are those of ``Transport``.
+        own name when bound to all interfaces. ``pull``: let peers on this machine read payloads
+        from this process's memory, and read theirs (see ``pull``); not with TLS, through which
+        all bytes are meant to go. ``options`` are those of ``Transport``.
         """
         super().__init__(**options)
         self.name = self.kind
@@ -54,7 +61,8 @@ class ConnectedTransport(Transport):
         self._advertise_host = advertise_host
         self._server_ssl = server_ssl
         self._client_ssl = client_ssl
-        self._token = new_token()
+        self._own_memory = OwnMemory() if pull and server_ssl is None is client_ssl else None
+        self.token = new_token()
         self._server: asyncio.Server | None = None
         self._address = b""
         self._links: set[Link] = set()
@@ -95,7 +103,7 @@ class ConnectedTransport(Transport):
         except OSError as error:
             raise TransportError(f"cannot listen on {self._host}:{self._port}: {error}") from error
         port = self._server.sockets[0].getsockname()[1]
-        self._address = Address(self.kind, host, port, self._token).encode()
+        self._address = Address(self.kind, host, port, self.token).encode()
         if len(self._address) > MAX_ADDRESS_BYTES:
             raise TransportError(f"the address is {len(self._address)} bytes long")
         self._is_open = True
@@ -137,26 +145,30 @@ class ConnectedTransport(Transport):
         if self._outgoing.get(link.peer) is link:
             del self._outgoing[link.peer]
 
-    @abstractmethod
-    def _accept(self) -> IncomingLink:
-        """A link for a connection that a peer opened."""
+    @property
+    def inbox(self) -> Inbox:
+        """Where offers go; for links."""
+        return self._inbox
 
-    @abstractmethod
-    async def _open(self, peer: bytes, address: Address) -> OutgoingLink:
-        """Dial and greet a peer. Raises ``PeerGone`` or ``OSError``."""
+    @property
+    def may_pull(self) -> bool:
+        """Whether to try to read peers' memory; for links."""
+        return self._own_memory is not None
+
+    def _accept(self) -> IncomingLink:
+        """A link for a connection that a peer opens."""
+        return IncomingLink(self)
+
+    async def _greet(self, link: OutgoingLink, address: Address) -> None:
+        """Introduce ourselves on a new connection. Raises ``PeerGone``."""
+        await link.greet(self._greeting(address))
+
+    def _greeting(self, address: Address) -> Greeting:
+        card = self._own_memory.card if self._own_memory is not None else b""
+        return Greeting(token=address.token, sender=self.address, memory_card=card)
 
     def _on_connection(self) -> FrameConnection:
         return self._accept().connection
-
-    async def _connect(self, connection: FrameConnection, address: Address) -> None:
-        loop = asyncio.get_running_loop()
-        await loop.create_connection(
-            lambda: connection,
-            address.host,
-            address.port,
-            ssl=self._client_ssl,
-            server_hostname=address.host if self._client_ssl is not None else None,
-        )
 
     async def _dialled(self, peer: bytes) -> OutgoingLink:
         task = self._dialling.get(peer)
@@ -175,10 +187,22 @@ class ConnectedTransport(Transport):
 
     async def _dial(self, peer: bytes) -> OutgoingLink:
         address = Address.decode(peer, self.kind)
+        link = OutgoingLink(self, peer)
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
-                return await self._open(peer, address)
-        except (OSError, TimeoutError) as error:
+                await asyncio.get_running_loop().create_connection(
+                    lambda: link.connection,
+                    address.host,
+                    address.port,
+                    ssl=self._client_ssl,
+                    server_hostname=address.host if self._client_ssl is not None else None,
+                )
+                await self._greet(link, address)
+                return link
+        except BaseException as error:
+            link.connection.close("the peer was not reached")
+            if not isinstance(error, OSError | TimeoutError):
+                raise
             raise PeerGone(f"{address.host}:{address.port} cannot be reached: {error}") from error
 
     def _on_dialled(self, peer: bytes, task: asyncio.Task[OutgoingLink]) -> None:
@@ -200,4 +224,4 @@ class ConnectedTransport(Transport):
         for link in links:
             link.connection.close(reason)
         for link in links:
-            await link.connection.wait_lost()
+            await link.wait_lost()

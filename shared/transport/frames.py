@@ -1,16 +1,17 @@
 """Frames on a byte stream: small control frames, and data that lands without a copy of ours.
 
 Every frame has a head of 24 bytes: type, length of the body, transfer, piece (see ``_HEAD``). The
-bodies:
+side that dialled sends pieces:
 
-========  ==========================================================================
-GREETING  a ``Greeting``, the first frame of whoever dials; UCX answers with its own
-OFFER     a packed ``PieceHeader`` and, up to ``INLINE_BYTES``, the payload
-ACCEPT    empty: send the payload of this piece
-REFUSE    empty: nobody wants (the rest of) this piece
-DATA      the next bytes of an accepted piece
-WITHDRAW  empty: the (rest of the) payload of this piece will not come
-========  ==========================================================================
+========  =========  ==================================================================
+GREETING  both       a ``Greeting``; see ``links``
+OFFER     sender     a packed ``PieceHeader``; then a small payload itself, or the
+                     address of a large one in the sender's memory (8 bytes)
+ACCEPT    receiver   empty: send the payload of this piece
+DATA      sender     the next bytes of an accepted piece
+DONE      receiver   empty: the piece is taken, or nobody wants (the rest of) it
+WITHDRAW  sender     empty: the (rest of the) payload will not come
+========  =========  ==================================================================
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from typing import Protocol, cast
 from shared.errors import PeerGone, ProtocolError
 
 _HEAD = struct.Struct("<BxxxIQI4x")
-_MAX_CONTROL_BYTES = 16 << 10
+_MAX_CONTROL_BYTES = 32 << 10
 _SCRATCH_BYTES = 128 << 10
 _MAX_READ_BYTES = 1 << 20
 """A single read copies at most this much, about 0.2 ms."""
@@ -33,7 +34,7 @@ class FrameType(enum.IntEnum):
     GREETING = 1
     OFFER = 2
     ACCEPT = 3
-    REFUSE = 4
+    DONE = 4
     DATA = 5
     WITHDRAW = 6
 

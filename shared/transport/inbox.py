@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict
 from shared.errors import PeerGone, TransportError
 from shared.transport.piece import PieceHeader
 
-INLINE_BYTES = 4096
+INLINE_BYTES = 16 << 10
 """Payloads up to this size travel with their offer and wait at the receiver."""
 
 _OFFER_BYTES = 512

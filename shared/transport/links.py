@@ -1,17 +1,24 @@
-"""What links have in common: one connection with one peer, data one way, from whoever dialled."""
+"""Links: one connection with one peer; pieces go one way, from whoever dialled.
 
-import asyncio
+The dialling side greets with its address and its memory card, the other side answers whether it can
+read that memory. Then payloads go one of three ways, offers and everything else by frames:
+
+======  ======================================================================================
+pull    the receiver reads the payload from the sender's memory and says DONE (same machine)
+stream  ACCEPT, then the payload in DATA frames on the connection
+UCX     ACCEPT, then the payload as a UCX message (``ucx``), instead of the stream
+======  ======================================================================================
+"""
+
+import struct
 from abc import ABC, abstractmethod
 from typing import Protocol
 
 from shared.errors import ProtocolError
 from shared.transport.frames import FrameConnection, FrameType
-from shared.transport.inbox import Inbox
-from shared.transport.peering import Greeting
-from shared.transport.piece import PieceHeader
 
-GREETING_TIMEOUT_S = 10.0
-"""Whoever connects and does not say who it is by then is thrown out."""
+MEMORY_ADDRESS = struct.Struct("<Q")
+"""What follows the header of a payload that does not travel with its offer."""
 
 Key = tuple[int, int]
 """(transfer_id, piece)"""
@@ -31,6 +38,50 @@ class LinkOwner(Protocol):
         """A link's connection is gone."""
 
 
+class Quarantine(Protocol):
+    """Buffers that nobody waits for any more and that something may still touch."""
+
+    @property
+    def num_quarantined(self) -> int:
+        """How many."""
+
+    @property
+    def quarantined_bytes(self) -> int:
+        """Their size."""
+
+
+class Receiving(Quarantine, Protocol):
+    """How payloads that are not pulled arrive."""
+
+    async def land(self, key: Key, buffer: memoryview) -> None:
+        """Let an offered payload land in ``buffer``; see ``Offer.accept``."""
+
+    def withdraw(self, key: Key) -> None:
+        """The (rest of the) payload will not come."""
+
+    def fail(self, reason: str) -> None:
+        """The link is gone: end all with ``PeerGone`` and let go of all buffers."""
+
+    def data_target(self, key: Key, nbytes: int) -> memoryview:
+        """Where data from the connection goes."""
+
+    def on_data(self, key: Key, nbytes: int) -> None:
+        """It is there."""
+
+
+class Sending(Quarantine, Protocol):
+    """How payloads that are not pulled are sent."""
+
+    async def send(self, key: Key, payload: memoryview) -> bool:
+        """Send an accepted payload; False if it was stopped and is to be withdrawn."""
+
+    def stop(self, key: Key) -> None:
+        """The receiver does not want the rest."""
+
+    def fail(self, reason: str) -> None:
+        """The link is gone."""
+
+
 class Link(ABC):
     """One end of a connection; implements ``FrameHandler``.
 
@@ -40,7 +91,7 @@ class Link(ABC):
     def __init__(self, owner: LinkOwner, peer: bytes) -> None:
         self.connection = FrameConnection(self)
         self.peer = peer
-        self._owner = owner
+        self.owner = owner
 
     @property
     @abstractmethod
@@ -52,82 +103,26 @@ class Link(ABC):
     def quarantined_bytes(self) -> int:
         """Their size."""
 
+    async def wait_lost(self) -> None:
+        """Return when the connection is gone and no buffer is referred to any more."""
+        await self.connection.wait_lost()
+
     @abstractmethod
     def on_frame(self, kind: FrameType, transfer_id: int, piece: int, body: memoryview) -> None:
         """See ``FrameHandler``."""
 
     def on_made(self) -> None:
         """See ``FrameHandler``."""
-        self._owner.link_made(self)
+        self.owner.link_made(self)
 
     def data_target(self, transfer_id: int, piece: int, nbytes: int) -> memoryview:
-        """See ``FrameHandler``; no data is expected unless a subclass says so."""
-        raise ProtocolError("data that nobody asked for")
+        """See ``FrameHandler``."""
+        raise ProtocolError("data from the receiving side")
 
     def on_data(self, transfer_id: int, piece: int, nbytes: int) -> None:
         """See ``FrameHandler``."""
-        raise ProtocolError("data that nobody asked for")
+        raise ProtocolError("data from the receiving side")
 
     def on_lost(self, reason: str) -> None:
         """See ``FrameHandler``."""
-        self._fail(reason)
-        self._owner.link_lost(self, reason)
-
-    @abstractmethod
-    def _fail(self, reason: str) -> None:
-        """End what is in flight with ``PeerGone`` and let go of all buffers."""
-
-
-class OutgoingLink(Link):
-    """A link that we dialled: we offer pieces, the peer takes them."""
-
-    @abstractmethod
-    async def send(self, header: PieceHeader, payload: memoryview) -> None:
-        """Offer a piece; return when its memory is free. Raises ``PeerGone``."""
-
-
-class IncomingLink(Link):
-    """A link that a peer dialled: it offers pieces, we take them. It has to say first who it is."""
-
-    def __init__(self, owner: LinkOwner, inbox: Inbox, token: bytes) -> None:
-        super().__init__(owner, b"")
-        self._inbox = inbox
-        self._token = token
-        self._patience: asyncio.TimerHandle | None = None
-
-    def on_made(self) -> None:
-        """See ``FrameHandler``."""
-        super().on_made()
-        self._patience = asyncio.get_running_loop().call_later(
-            GREETING_TIMEOUT_S, self.connection.close, "the peer did not say who it is"
-        )
-
-    def on_frame(self, kind: FrameType, transfer_id: int, piece: int, body: memoryview) -> None:
-        """See ``FrameHandler``."""
-        if self.peer:
-            self._on_control(kind, (transfer_id, piece), body)
-        elif kind is FrameType.GREETING:
-            greeting = Greeting.decode(body, self._token)
-            if not greeting.sender:
-                raise ProtocolError("a greeting from nobody")
-            self.peer = greeting.sender
-            self._forgive()
-            self._on_greeting(greeting)
-        else:
-            raise ProtocolError("no greeting")
-
-    def on_lost(self, reason: str) -> None:
-        """See ``FrameHandler``."""
-        self._forgive()
-        super().on_lost(reason)
-
-    def _on_greeting(self, greeting: Greeting) -> None:
-        """The peer is who it should be."""
-
-    @abstractmethod
-    def _on_control(self, kind: FrameType, key: Key, body: memoryview) -> None:
-        """A control frame after the greeting; may raise ``ProtocolError``."""
-
-    def _forgive(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
+        self.owner.link_lost(self, reason)

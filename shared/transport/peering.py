@@ -43,16 +43,20 @@ class Address(msgspec.Struct, frozen=True, array_like=True, tag="a1"):
 
 
 class Greeting(msgspec.Struct, frozen=True, array_like=True, tag="g1"):
-    """The first message on a connection, in both directions.
+    """The first messages on a connection, in both directions.
 
-    ``token`` is the one of the address that was dialled; ``sender`` the dialling side's own
-    address; ``channel_id`` is used by channels; ``worker_address`` is the UCX worker to talk to.
+    ``token`` is the one of the address that was dialled; ``sender`` the speaking side's own
+    address; the rest is filled in as the two sides need it: ``memory_card`` to be read from
+    (``pull``), ``can_pull`` the answer to it, ``worker_address`` for UCX, ``channel_id`` for
+    channels.
     """
 
     token: bytes
     sender: bytes
-    channel_id: int = 0
+    memory_card: bytes = b""
+    can_pull: bool = False
     worker_address: bytes = b""
+    channel_id: int = 0
 
     def encode(self) -> bytes:
         """The greeting as bytes."""
@@ -65,7 +69,7 @@ class Greeting(msgspec.Struct, frozen=True, array_like=True, tag="g1"):
             greeting = msgspec.msgpack.decode(data, type=cls)
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
             raise ProtocolError(f"not a greeting: {error}") from error
-        if not secrets.compare_digest(greeting.token, token):
+        if not secrets.compare_digest(greeting.token, token) or not greeting.sender:
             raise ProtocolError("a greeting for somebody else")
         return greeting
 

@@ -14,7 +14,7 @@ _BUDGET_S = 0.001
 _SPIN_S = 20e-6
 """How long to look for the next fragment before going to sleep; waking up costs more."""
 
-_PATIENCE_S = 0.002
+_PATIENCE_S = 0.0005
 """How long a sender that waits for room at the receiver looks for it in every turn of the loop."""
 
 _BACKOFF = 0.1
@@ -22,22 +22,20 @@ _MAX_BACKOFF_S = 0.016
 """Then it looks after a tenth of the time that nothing has moved, at most after this: UCX has no
 event for "there is room", and a peer that is frozen must not cost a core."""
 
-_MAX_DRAINED = 1 << 16
-
 
 class Operation:
     """A message being sent or received. Keeps the buffer until UCX is done with it."""
 
-    __slots__ = ("buffer", "error", "future", "is_abandoned", "on_done", "request")
+    __slots__ = ("buffer", "error", "future", "is_abandoned", "on_end", "request")
 
     def __init__(
-        self, request: Any, buffer: Any, on_done: Callable[["Operation"], None] | None
+        self, request: Any, buffer: memoryview | None, on_end: Callable[[], object] | None
     ) -> None:
         self.request = request
         self.buffer = buffer
-        self.on_done = on_done
+        self.on_end = on_end
         self.future: asyncio.Future[None] | None = None
-        self.error: str | None = None
+        self.error: TransportError | None = None
         self.is_abandoned = False
 
 
@@ -47,9 +45,9 @@ class UcxPort:
     Every peer gets a port of its own because a UCX worker over shared memory has one inbox for all
     senders, and a sender that dies while it writes leaves the inbox stuck (see ``ucx_library``).
 
-    ``on_failed`` is called once, with a reason, when UCX reports that the peer is gone; the owner
-    then closes the port. Everything runs on the event loop that made it. Making one takes about
-    2 ms; raises ``TransportError`` if UCX has no resources left.
+    ``on_failed`` is called with a reason when UCX reports that the peer is gone; the owner then
+    closes the port. Everything runs on the event loop that made it. Making one takes about 2 ms;
+    raises ``TransportError`` if UCX has no resources left.
     """
 
     def __init__(self, library: UcxLibrary, context: Any, on_failed: Callable[[str], None]) -> None:
@@ -65,11 +63,9 @@ class UcxPort:
         self._fd = self._worker.epoll_file_descriptor
         self._loop.add_reader(self._fd, self._on_event)
         self._operations: list[Operation] = []
-        self._num_idle_receives = 0
         self._scheduled: asyncio.Handle | None = None
         self._is_backing_off = False
         self._last_progress_s = 0.0
-        self._empty = library.array(memoryview(bytearray(1))[:0])
 
     @property
     def worker_address(self) -> bytes:
@@ -77,9 +73,18 @@ class UcxPort:
         return bytes(self._worker.address)
 
     @property
-    def is_closed(self) -> bool:
-        """Nothing can be posted any more."""
-        return self._worker is None
+    def num_abandoned(self) -> int:
+        """Operations that nobody waits for and whose buffers UCX may still touch."""
+        return sum(operation.is_abandoned for operation in self._operations)
+
+    @property
+    def abandoned_bytes(self) -> int:
+        """The size of those buffers."""
+        return sum(
+            operation.buffer.nbytes
+            for operation in self._operations
+            if operation.is_abandoned and operation.buffer is not None
+        )
 
     def connect(self, worker_address: bytes) -> None:
         """Connect to the peer's port; raises ``PeerGone`` if it cannot be reached."""
@@ -91,41 +96,30 @@ class UcxPort:
             raise PeerGone(f"UCX cannot reach the peer: {error}") from error
         self._kick()
 
-    def abandoned(self) -> list[Operation]:
-        """Operations that nobody waits for and whose buffers UCX may still touch."""
-        return [operation for operation in self._operations if operation.is_abandoned]
-
-    def post_send(self, buffer: Any, tag: int) -> Operation:
-        """Start to send a contiguous buffer; messages of one tag arrive in order."""
+    def post_send(self, buffer: memoryview, tag: int) -> Operation:
+        """Start to send a contiguous buffer. Raises ``PeerGone`` if the port is closed."""
         if self._worker is None:
             raise PeerGone("the link is closed")
-        api = self._library.api
-        request = self._endpoint.tag_send(self._library.array(buffer), api.UCXXTag(tag))
+        tag_object = self._library.api.UCXXTag(tag)
+        request = self._endpoint.tag_send(self._library.array(buffer), tag_object)
         return self._started(Operation(request, buffer, None))
 
     def post_receive(
-        self, buffer: Any, tag: int, on_done: Callable[[Operation], None] | None = None
+        self, buffer: memoryview, tag: int, on_end: Callable[[], object] | None = None
     ) -> Operation:
         """Start to receive the next message of this tag, which must fit into ``buffer``.
 
-        With ``on_done`` it is a standing receive that may wait for ever.
+        ``on_end`` is called when the operation is over, however. Raises ``PeerGone`` if the port
+        is closed.
         """
         if self._worker is None:
             raise PeerGone("the link is closed")
-        api = self._library.api
-        request = self._worker.tag_recv(self._library.array(buffer), api.UCXXTag(tag))
-        if on_done is not None:
-            self._num_idle_receives += 1
-        return self._started(Operation(request, buffer, on_done))
-
-    def throw_away(self, tag: int) -> None:
-        """Receive the next message of this tag into nothing; its sender is done with it then."""
-        if self._worker is not None:
-            request = self._worker.tag_recv(self._empty, self._library.api.UCXXTag(tag))
-            self._started(Operation(request, None, None))
+        tag_object = self._library.api.UCXXTag(tag)
+        request = self._worker.tag_recv(self._library.array(buffer), tag_object)
+        return self._started(Operation(request, buffer, on_end))
 
     async def wait(self, operation: Operation) -> None:
-        """Return when the operation is done; raises ``PeerGone``.
+        """Return when the operation is done; raises what it failed with.
 
         When cancelled, the operation is abandoned: it goes on and keeps its buffer.
         """
@@ -137,40 +131,32 @@ class UcxPort:
                 operation.is_abandoned = True
                 raise
         if operation.error is not None:
-            raise PeerGone(operation.error)
+            raise operation.error
 
-    def drain(self) -> None:
-        """Take in all that has arrived, without waiting for more."""
-        while self._worker is not None and self._worker.progress_once():
-            self._settle()
+    def cancel(self, operation: Operation, error: TransportError) -> None:
+        """End a receive for which nothing has been sent and nothing will be."""
+        if operation in self._operations:
+            self._operations.remove(operation)
+            self._end(operation, error)  # dropping the request takes it out of UCX
 
     def close(self, reason: str) -> None:
         """Close endpoint and worker; what is not done fails. All buffers are free afterwards."""
         if self._worker is None:
             return
-        worker, self._worker = self._worker, None
         self._loop.remove_reader(self._fd)
         if self._scheduled is not None:
             self._scheduled.cancel()
         endpoint, self._endpoint = self._endpoint, None
         if endpoint is not None:
             endpoint.close_blocking()  # forced, as error handling is on: does not ask the peer
-        self._throw_all_away(worker)
+        # The worker goes with the last request that refers to it, so before any buffer does.
+        self._worker = None
+        del endpoint
         operations, self._operations = self._operations, []
+        buffers = [operation.buffer for operation in operations]
         for operation in operations:
-            self._end(operation, reason)
-
-    def _throw_all_away(self, worker: Any) -> None:
-        # A worker that is destroyed receives whatever is left, into memory it allocates first:
-        # for a large piece that nobody asked for, that takes longer than a loop may be blocked.
-        api = self._library.api
-        everything = api.UCXXTagMask(0)
-        requests: list[Any] = []
-        while len(requests) < _MAX_DRAINED:
-            found = worker.tag_probe(api.UCXXTag(0), everything)
-            if not found.matched:
-                break
-            requests.append(worker.tag_recv(self._empty, found.sender_tag))
+            self._end(operation, PeerGone(reason))
+        del buffers
 
     def _started(self, operation: Operation) -> Operation:
         if operation.request.completed:
@@ -215,7 +201,6 @@ class UcxPort:
         progress_once = self._worker.progress_once
         has_progressed = False
         idle_since_s = start_s
-        is_busy = len(self._operations) > self._num_idle_receives
         while True:
             now_s = time.monotonic()
             if progress_once():
@@ -223,7 +208,7 @@ class UcxPort:
                 idle_since_s = now_s
                 if now_s - start_s > _BUDGET_S:
                     return True
-            elif not is_busy or not has_progressed or now_s - idle_since_s > _SPIN_S:
+            elif not has_progressed or now_s - idle_since_s > _SPIN_S:
                 return has_progressed
 
     def _settle(self) -> None:
@@ -240,20 +225,19 @@ class UcxPort:
             self._on_failed("UCX lost the peer")
 
     def _finish(self, operation: Operation) -> None:
-        if operation.on_done is not None:
-            self._num_idle_receives -= 1
+        error: TransportError | None = None
         try:
             operation.request.check_error()
-        except self._library.error as error:
-            self._end(operation, f"UCX: {error}")
-        else:
-            self._end(operation, None)
+        except self._library.error as failure:
+            error = PeerGone(f"UCX: {failure}")
+        self._end(operation, error)
 
-    def _end(self, operation: Operation, error: str | None) -> None:
+    @staticmethod
+    def _end(operation: Operation, error: TransportError | None) -> None:
         operation.request = None
         operation.buffer = None
         operation.error = error
         if operation.future is not None and not operation.future.done():
             operation.future.set_result(None)
-        if operation.on_done is not None and self._worker is not None:
-            operation.on_done(operation)
+        if operation.on_end is not None:
+            operation.on_end()
