@@ -34,8 +34,9 @@ PROBE_TIMEOUT_S = 2.0
 class Suite:
     """Everything ``banyan up`` starts. ``start``, then ``until_ready``; ``stop`` whatever happened.
 
-    ``run_dir`` gets a log file for each slot and, until the end, the state of NATS. ``probe_url`` answers 200 when
-    requests can be served; ``None`` asks nobody. Raises ``ConfigError`` for a variable that is wrong.
+    ``run_dir`` gets a log file for each slot and, until the end, the state of NATS. ``probe_url``
+    answers 200 when requests can be served; ``None`` asks nobody. Raises ``ConfigError`` for a
+    variable that is wrong.
     """
 
     def __init__(

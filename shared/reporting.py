@@ -2,20 +2,25 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from shared.bus.base import Bus
 from shared.bus.nats import NatsBus
 from shared.config import ServiceSettings
 from shared.errors import BusError
 from shared.messages import CODEC, subjects
-from shared.messages.base import Message
-from shared.messages.load import InstanceExited, InstanceState, ServiceReport
+from shared.messages.base import Message, expect
+from shared.messages.load import Drain, InstanceExited, InstanceState, ServiceReport
+from shared.messages.requests import Done
 from shared.runtime import Release, Runtime
 
 log = logging.getLogger(__name__)
 
 SERVICE_REPORT_PERIOD_S = 0.5
+
+
+OpenBus = Callable[[ServiceSettings, Runtime], Awaitable[Bus]]
+"""How a service gets its bus: ``connect_bus``, or a test's own."""
 
 
 async def connect_bus(settings: ServiceSettings, runtime: Runtime) -> Bus:
@@ -33,7 +38,18 @@ async def connect_bus(settings: ServiceSettings, runtime: Runtime) -> Bus:
     runtime.health.add_readiness_check(
         "bus", lambda: None if bus.is_connected else "not connected to the bus"
     )
+    await serve_drain(bus, runtime)
     return bus
+
+
+async def serve_drain(bus: Bus, runtime: Runtime) -> None:
+    """Have operators drain this process over the bus, as SIGTERM does."""
+
+    async def drain(message: Message) -> Message:
+        runtime.stop(f"drain: {expect(message, Drain).reason}")
+        return Done(count=1)
+
+    await bus.serve(subjects.control(runtime.instance, "drain"), drain)
 
 
 class Reporter:

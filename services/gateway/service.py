@@ -18,11 +18,7 @@ from services.gateway.served_model import ServedModel
 from services.gateway.suite import Suite
 from services.gateway.tracker import RequestTracker
 from shared.clock import MonotonicClock
-from shared.messages import subjects
-from shared.messages.base import Message, expect
-from shared.messages.load import Drain
-from shared.messages.requests import Done
-from shared.reporting import Reporter, connect_bus
+from shared.reporting import OpenBus, Reporter, connect_bus
 from shared.runtime import Runtime, Service
 
 log = logging.getLogger(__name__)
@@ -42,8 +38,9 @@ class _Server(uvicorn.Server):
 class GatewayService(Service):
     """Serves the OpenAI API and owns each request until its client has the last byte."""
 
-    def __init__(self, settings: GatewaySettings) -> None:
+    def __init__(self, settings: GatewaySettings, *, open_bus: OpenBus = connect_bus) -> None:
         self._settings = settings
+        self._open_bus = open_bus
         model = ServedModel.from_model_dir(
             Path(settings.model),
             name=settings.served_model_name,
@@ -58,15 +55,13 @@ class GatewayService(Service):
     async def start(self, runtime: Runtime) -> None:
         """Join the bus and open the port."""
         settings = self._settings
-        self._runtime = runtime
         clock = MonotonicClock()
-        bus = await connect_bus(settings, runtime)
+        bus = await self._open_bus(settings, runtime)
         self._tracker = RequestTracker(bus, settings, clock, GatewayCounters(runtime.metrics))
         await self._tracker.start()
         suite = Suite(settings, clock, on_max_model_len=self._limit_context)
         await suite.start(bus)
         runtime.health.add_readiness_check("suite", suite.missing)
-        await bus.serve(subjects.control(settings.instance, "drain"), self._on_drain)
         self._reporter = Reporter(
             bus,
             role="gateway",
@@ -108,10 +103,6 @@ class GatewayService(Service):
             self._server.force_exit = True
             await asyncio.wait([self._serving], timeout=CLOSE_CONNECTIONS_S)
         await self._reporter.leave()
-
-    async def _on_drain(self, message: Message) -> Message:
-        self._runtime.stop(f"drain: {expect(message, Drain).reason}")
-        return Done()
 
     def _limit_context(self, max_model_len: int) -> None:
         """A worker holds less context than the model was made for: that is what is served."""

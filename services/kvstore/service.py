@@ -1,7 +1,7 @@
 """The KV store process: answers lookups, sends blocks, takes offers."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from services.kvstore.config import KVStoreSettings
@@ -10,24 +10,20 @@ from services.kvstore.gets import GetSender
 from services.kvstore.index import block_ids
 from services.kvstore.puts import PutReceiver
 from services.kvstore.store import BlockStore
-from shared.bus.base import Bus, Subscription
+from shared.bus.base import Subscription
 from shared.clock import Clock, MonotonicClock
-from shared.config import ServiceSettings
 from shared.errors import InvalidRequest, Refused
 from shared.messages import subjects
 from shared.messages.base import Message, expect
 from shared.messages.kv import GetBlocks, LookupPrefix, PrefixFound, PutAccepted, PutBlocks
-from shared.messages.load import Drain
 from shared.messages.requests import Done
-from shared.reporting import Reporter, connect_bus
+from shared.reporting import OpenBus, Reporter, connect_bus
 from shared.runtime import Release, Runtime, Service
 from shared.transport.base import MAX_PIECE_BYTES, MAX_PIECES, TransferIds, Transport
 from shared.transport.factory import create_transport
 from shared.transport.piece import check_id
 
 RETRY_AFTER_S = 0.1
-
-OpenBus = Callable[[ServiceSettings, Runtime], Awaitable[Bus]]
 
 
 def open_transport(settings: KVStoreSettings) -> Transport:
@@ -93,7 +89,6 @@ class KVStoreService(Service):
             ("put", self._on_put),
         ):
             self._intake.append(await bus.serve(subjects.kv(instance, verb), handler))
-        await bus.serve(subjects.control(instance, "drain"), self._on_drain)
         runtime.spawn(self._reporter.run(), name="reports")
 
     async def stop_intake(self) -> None:
@@ -157,10 +152,6 @@ class KVStoreService(Service):
             f"put {transfer_id}",
         )
         return PutAccepted(wanted=wanted, transfer_id=transfer_id, address=self._transport.address)
-
-    async def _on_drain(self, message: Message) -> Message:
-        self._runtime.stop(f"drain: {expect(message, Drain).reason}")
-        return Done()
 
     def _spawn(
         self, tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None], name: str

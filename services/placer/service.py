@@ -3,19 +3,17 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from services.placer.config import PlacerSettings
 from services.placer.topology import Topology
-from shared.bus.base import Bus, Subscription
+from shared.bus.base import Subscription
 from shared.clock import Clock, MonotonicClock
-from shared.config import ServiceSettings
 from shared.messages import subjects
 from shared.messages.base import Message, expect
-from shared.messages.load import Drain, InstanceExited, WorkerReport
+from shared.messages.load import InstanceExited, WorkerReport
 from shared.messages.placement import GetPlacement
-from shared.messages.requests import Done
-from shared.reporting import Reporter, connect_bus
+from shared.reporting import OpenBus, Reporter, connect_bus
 from shared.runtime import Runtime, Service
 
 log = logging.getLogger(__name__)
@@ -37,7 +35,7 @@ class PlacerService(Service):
         self,
         settings: PlacerSettings,
         *,
-        open_bus: Callable[[ServiceSettings, Runtime], Awaitable[Bus]] = connect_bus,
+        open_bus: OpenBus = connect_bus,
         clock: Clock | None = None,
         first_version: Callable[[], int] = version_from_wall_clock,
     ) -> None:
@@ -61,7 +59,6 @@ class PlacerService(Service):
         self._questions: Subscription = await bus.serve(
             subjects.placement(), self._on_get, queue=QUEUE_GROUP
         )
-        await bus.serve(subjects.control(settings.instance, "drain"), self._on_drain)
         self._reporter = Reporter(
             bus, role="placer", instance=settings.instance, gauges=self._gauges
         )
@@ -113,7 +110,3 @@ class PlacerService(Service):
         question = expect(message, GetPlacement)
         self._answered.inc()
         return self._topology.placement(question.model)
-
-    async def _on_drain(self, message: Message) -> Message:
-        self._runtime.stop(f"drain: {expect(message, Drain).reason}")
-        return Done()

@@ -1,23 +1,19 @@
 """The predictor process: answers ``predict`` in micro-batches."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 from services.predictor.batcher import MicroBatcher
 from services.predictor.config import PredictorSettings
 from services.predictor.distribution import BUCKET_EDGES_TOKENS, LengthDistribution
 from services.predictor.loading import load_predictor
 from services.predictor.predictors import LengthPredictor, LengthQuestion
-from shared.bus.base import Bus, Subscription
-from shared.config import ServiceSettings
+from shared.bus.base import Subscription
 from shared.errors import InvalidRequest, Refused, RequestFailed
 from shared.messages import subjects
 from shared.messages.base import Message, expect
-from shared.messages.load import Drain
 from shared.messages.predict import LengthPrediction, PredictLength
-from shared.messages.requests import Done
 from shared.metrics import SHORT_BUCKETS_S
-from shared.reporting import Reporter, connect_bus
+from shared.reporting import OpenBus, Reporter, connect_bus
 from shared.runtime import Runtime, Service
 
 QUEUE_GROUP = "predictor"
@@ -36,7 +32,7 @@ class PredictorService(Service):
         settings: PredictorSettings,
         *,
         predictor: LengthPredictor | None = None,
-        open_bus: Callable[[ServiceSettings, Runtime], Awaitable[Bus]] = connect_bus,
+        open_bus: OpenBus = connect_bus,
     ) -> None:
         self._settings = settings
         self._predictor = predictor or load_predictor(settings)
@@ -72,7 +68,6 @@ class PredictorService(Service):
             # Above what may wait and be predicted, so that it is the batcher who refuses.
             max_concurrency=settings.max_waiting + 2 * settings.max_batch_size,
         )
-        await bus.serve(subjects.control(settings.instance, "drain"), self._on_drain)
         runtime.spawn(self._reporter.run(), name="reports")
 
     async def stop_intake(self) -> None:
@@ -149,7 +144,3 @@ class PredictorService(Service):
             p50_tokens=found.quantile_tokens(0.5, question.max_tokens),
             p90_tokens=found.quantile_tokens(0.9, question.max_tokens),
         )
-
-    async def _on_drain(self, message: Message) -> Message:
-        self._runtime.stop(f"drain: {expect(message, Drain).reason}")
-        return Done()

@@ -33,7 +33,7 @@ class Worker:
 
     @property
     def utilisation(self) -> float:
-        """``U_d = C_d/C_max + M_d/M_max`` (BanaServe, ALGORITHMS §5), 0..2."""
+        """``U_d = C_d/C_max + M_d/M_max`` (BanaServe, arXiv 2510.13223), 0..2."""
         memory = 1.0 - self.free_blocks / max(1, self.report.num_blocks)
         return self.report.compute_utilisation + memory
 

@@ -1,4 +1,4 @@
-"""Load-aware routing: which worker prefills, which decodes (BanaServe, ALGORITHMS §5).
+"""Load-aware routing: which worker prefills, which decodes (BanaServe, arXiv 2510.13223).
 
 With prefill and decode both present every request crosses from one to the other. If one role has no
 instance left, those of the other serve both.

@@ -14,7 +14,7 @@ from shared.core.policies import create_policy
 from shared.messages import subjects
 from shared.messages.base import Message
 from shared.messages.load import InstanceExited, ServiceReport, WorkerReport
-from shared.reporting import Reporter, connect_bus
+from shared.reporting import OpenBus, Reporter, connect_bus
 from shared.runtime import Runtime, Service
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,14 @@ TICKS_PER_TTL = 10
 class SchedulerService(Service):
     """Leads or stands by; a standby hears all reports, so that it can take over at once."""
 
-    def __init__(self, settings: SchedulerSettings, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        *,
+        open_bus: OpenBus = connect_bus,
+        clock: Clock | None = None,
+    ) -> None:
+        self._open_bus = open_bus
         create_policy(settings.policy)  # a wrong name is a wrong setting, known at start
         self._settings = settings
         self._clock = clock or MonotonicClock()
@@ -37,7 +44,7 @@ class SchedulerService(Service):
         settings = self._settings
         self._runtime = runtime
         self._counters = SchedulerCounters(runtime.metrics)
-        self._bus: Bus = await connect_bus(settings, runtime)
+        self._bus: Bus = await self._open_bus(settings, runtime)
         self._bus.add_reconnect_listener(self._on_reconnect)
         await self._bus.subscribe(subjects.all_load(), self._on_report)
         await self._bus.subscribe(subjects.all_request_events(), self._on_event)

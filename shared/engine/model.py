@@ -91,14 +91,14 @@ def load_model(
 ) -> ModelChain:
     """Load a decoder-only transformers model from a local directory of safetensors.
 
-    ``dtype`` ``auto`` keeps fp32 checkpoints as they are and serves all others in bf16. ``device``
-    ``auto`` is the GPU if there is one. No code from the checkpoint is run. Raises
+    ``dtype`` ``auto`` serves in bf16, but fp32 checkpoints, and everything on a CPU that has no bf16
+    instructions, in fp32. ``device`` ``auto`` is the GPU if there is one. No code from the checkpoint is run. Raises
     ``UnsupportedModel`` saying what is in the way, ``OutOfMemory`` if the weights do not fit.
     """
     config = _read_config(path)
-    if dtype == "auto":
-        dtype = "fp32" if getattr(config, "dtype", None) in (None, torch.float32) else "bf16"
     target = torch.device(_pick_device(device))
+    if dtype == "auto":
+        dtype = _pick_dtype(config, target)
     _check_memory(path, target)
     on_progress("loading weights", 0.05)
     probe.register_attention()
@@ -129,6 +129,19 @@ def _pick_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': torch sees no GPU")
     return device
+
+
+def _pick_dtype(config: PreTrainedConfig, device: torch.device) -> str:
+    if getattr(config, "dtype", None) in (None, torch.float32):
+        return "fp32"
+    # Without instructions of its own bf16 is emulated, several times slower than fp32.
+    return "bf16" if device.type != "cpu" or cpu_has_bf16() else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices faster than fp32 ones."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(has) for name, has in capabilities.items() if "bf16" in name)
 
 
 def _check_memory(path: Path, device: torch.device) -> None:

@@ -29,7 +29,7 @@ DIAL_TIMEOUT_S = 10.0
 class ConnectedTransport(Transport):
     """A transport whose peers dial each other.
 
-    Each pair of peers has at most one connection a direction, opened by the first send and shared
+    TCP and UCX speak to each other: what both sides can is used. Each pair of peers has at most one connection a direction, opened by the first send and shared
     by all transfers. It ends when either side closes it or dies, and what is in flight on it ends
     with it.
     """
@@ -186,7 +186,7 @@ class ConnectedTransport(Transport):
             raise
 
     async def _dial(self, peer: bytes) -> OutgoingLink:
-        address = Address.decode(peer, self.kind)
+        address = Address.decode(peer, "tcp", "ucx")
         link = OutgoingLink(self, peer)
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
@@ -198,12 +198,13 @@ class ConnectedTransport(Transport):
                     server_hostname=address.host if self._client_ssl is not None else None,
                 )
                 await self._greet(link, address)
-                return link
-        except BaseException as error:
+        except (OSError, TimeoutError) as error:
             link.connection.close("the peer was not reached")
-            if not isinstance(error, OSError | TimeoutError):
-                raise
             raise PeerGone(f"{address.host}:{address.port} cannot be reached: {error}") from error
+        except BaseException:
+            link.connection.close("the peer was not reached")
+            raise
+        return link
 
     def _on_dialled(self, peer: bytes, task: asyncio.Task[OutgoingLink]) -> None:
         if self._dialling.get(peer) is task:

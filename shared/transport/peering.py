@@ -31,14 +31,14 @@ class Address(msgspec.Struct, frozen=True, array_like=True, tag="a1"):
         return msgspec.msgpack.encode(self)
 
     @classmethod
-    def decode(cls, data: bytes, kind: Kind) -> "Address":
-        """The address in ``data``; raises ``PeerGone`` if it is none or one of another kind."""
+    def decode(cls, data: bytes, *kinds: Kind) -> "Address":
+        """The address in ``data``; raises ``PeerGone`` if it is none of these kinds."""
         try:
             address = msgspec.msgpack.decode(data, type=cls)
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            raise PeerGone(f"not the address of a {kind} peer: {error}") from error
-        if address.kind != kind:
-            raise PeerGone(f"the peer speaks {address.kind}, this side {kind}")
+            raise PeerGone(f"not the address of a {kinds[0]} peer: {error}") from error
+        if address.kind not in kinds:
+            raise PeerGone(f"the peer speaks {address.kind}, this side {kinds[0]}")
         return address
 
 

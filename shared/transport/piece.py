@@ -82,6 +82,21 @@ class PieceHeader:
         """The piece's own 64-bit number, see the module."""
         return self.transfer_id | self.piece
 
+    def sealed(self, nbytes: int, checksum: int) -> Self:
+        """The same header for a payload of this size and sum."""
+        return type(self)(
+            transfer_id=self.transfer_id,
+            piece=self.piece,
+            kind=self.kind,
+            layer=self.layer,
+            block_lo=self.block_lo,
+            block_hi=self.block_hi,
+            head_lo=self.head_lo,
+            head_hi=self.head_hi,
+            nbytes=nbytes,
+            checksum=checksum,
+        )
+
     def pack(self) -> bytes:
         """The header as ``HEADER_BYTES`` bytes.
 

@@ -25,7 +25,7 @@ import numpy as np
 from shared.errors import PeerGone, TransferTimeout
 
 _STEP_BYTES = 4 << 20
-"""What is read at a time, about 0.5 ms; in between the reader looks whether it is still wanted."""
+"""What is read in one call, about 1 ms; in between the reader looks whether it is still wanted."""
 
 _SECRET_BYTES = 32
 
@@ -67,7 +67,7 @@ class PeerMemory:
             return None
         try:
             memory = cls(msgspec.msgpack.decode(card, type=_Card))
-            memory._check_identity()
+            memory.read(memory._card.address, memoryview(bytearray(1)), Pull(1))
         except (msgspec.DecodeError, OSError, PeerGone):
             return None
         return memory
@@ -78,17 +78,31 @@ class PeerMemory:
         Raises ``PeerGone`` if the peer is not there any more, ``TransferTimeout`` when ``pull`` is
         stopped, ``OSError`` if this memory cannot be read in this way.
         """
+        start = address_of(buffer)
+        found = ctypes.create_string_buffer(_SECRET_BYTES)
+        secret_here = _IoVec(ctypes.addressof(found), _SECRET_BYTES)
+        secret_there = _IoVec(self._card.address, _SECRET_BYTES)
+        here = (_IoVec * 2)(_IoVec(), secret_here)
+        there = (_IoVec * 2)(_IoVec(), secret_there)
         for offset in range(0, buffer.nbytes, _STEP_BYTES):
             pull.check()
-            _read(self._card.pid, address + offset, buffer[offset : offset + _STEP_BYTES])
-        self._check_identity()
+            num_bytes = min(_STEP_BYTES, buffer.nbytes - offset)
+            here[0].base, here[0].length = start + offset, num_bytes
+            there[0].base, there[0].length = address + offset, num_bytes
+            # One call, in this order: what is found last proves whose bytes came first.
+            self._read(here, there, num_bytes + _SECRET_BYTES)
+            if found.raw != self._card.secret:
+                raise PeerGone(f"process {self._card.pid} is not the peer any more")
         pull.check()
 
-    def _check_identity(self) -> None:
-        found = memoryview(bytearray(_SECRET_BYTES))
-        _read(self._card.pid, self._card.address, found)
-        if not secrets.compare_digest(found, self._card.secret):
-            raise PeerGone(f"process {self._card.pid} is not the peer any more")
+    def _read(self, here: Any, there: Any, num_bytes: int) -> None:
+        result = _libc().process_vm_readv(self._card.pid, here, 2, there, 2, 0)
+        if result == num_bytes:
+            return
+        code = ctypes.get_errno() if result < 0 else errno.EFAULT
+        if code == errno.ESRCH:
+            raise PeerGone(f"process {self._card.pid} is gone")
+        raise OSError(code, f"cannot read from process {self._card.pid}: {os.strerror(code)}")
 
 
 class Pull:
@@ -111,8 +125,9 @@ class Pull:
 
 def address_of(view: memoryview) -> int:
     """Where a contiguous buffer's memory begins."""
-    address: int = np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0]
-    return address
+    if not view.readonly and view.nbytes:
+        return ctypes.addressof(ctypes.c_char.from_buffer(view))
+    return int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
 
 
 class _IoVec(ctypes.Structure):
@@ -134,17 +149,3 @@ def _libc() -> Any:
         ctypes.c_ulong,
     )
     return libc
-
-
-def _read(pid: int, address: int, buffer: memoryview) -> None:
-    start, num_read = address_of(buffer), 0
-    while num_read < buffer.nbytes:
-        left = buffer.nbytes - num_read
-        here, there = _IoVec(start + num_read, left), _IoVec(address + num_read, left)
-        result = _libc().process_vm_readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
-        if result <= 0:
-            code = ctypes.get_errno() if result else errno.EFAULT
-            if code == errno.ESRCH:
-                raise PeerGone(f"process {pid} is gone")
-            raise OSError(code, f"cannot read from process {pid}: {os.strerror(code)}")
-        num_read += result

@@ -54,7 +54,7 @@ class UcxTransport(ConnectedTransport):
 
     async def _greet(self, link: OutgoingLink, address: Address) -> None:
         answer = await link.greet(self._greeting(address))
-        if answer.can_pull:
+        if answer.can_pull or address.kind != "ucx":
             return
         port = self.new_port(link.connection.close)
         try:

@@ -19,6 +19,7 @@ half as fast at 64 KiB; nothing is written behind a receiver's back; and no sing
 import importlib
 import ipaddress
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,15 @@ depend on the size of ``/dev/shm``. CMA is of no use with error handling on.
 """
 
 
+_SET_BY_UCXX = {
+    "UCX_RNDV_THRESH": "8192",
+}
+"""What ucxx puts into the environment as it is imported, so that it is not taken for the user's."""
+
+_CHECK_BYTES = 100_000
+_CHECK_TIMEOUT_S = 2.0
+
+
 @dataclass(frozen=True, slots=True)
 class UcxLibrary:
     """What is used of ucxx; its low-level classes, which have no module-global state."""
@@ -48,8 +58,11 @@ class UcxLibrary:
     @classmethod
     def load(cls) -> "UcxLibrary":
         """Import ucxx; about 0.6 s the first time. Raises ``TransportError`` if it cannot be."""
-        # ucxx sets variables itself as it is imported: what is there before is the user's.
-        user_settings = frozenset(name for name in os.environ if name.startswith("UCX_"))
+        user_settings = frozenset(
+            name
+            for name, value in os.environ.items()
+            if name.startswith("UCX_") and _SET_BY_UCXX.get(name) != value
+        )
         os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
         try:
             importlib.import_module("ucxx")
@@ -74,6 +87,32 @@ class UcxLibrary:
             return self.api.UCXContext(config, features)
         except self.error as error:
             raise TransportError(f"UCX cannot be started with {config}: {error}") from error
+
+    def check(self, *, host: str) -> None:
+        """Send a message from one worker to another. Raises ``TransportError`` if it fails."""
+        api = self.api
+        context = self.new_context(host=host)
+        sent, received = bytearray(os.urandom(_CHECK_BYTES)), bytearray(_CHECK_BYTES)
+        try:
+            one, other = api.UCXWorker(context), api.UCXWorker(context)
+            endpoint = api.UCXEndpoint.create_from_worker_address(one, other.address, True)
+            requests = [
+                other.tag_recv(self.array(received), api.UCXXTag(1)),
+                endpoint.tag_send(self.array(sent), api.UCXXTag(1)),
+            ]
+            deadline_s = time.monotonic() + _CHECK_TIMEOUT_S
+            while not all(request.completed for request in requests):
+                one.progress_once()
+                other.progress_once()
+                if time.monotonic() > deadline_s:
+                    raise TransportError(f"UCX moved nothing in {_CHECK_TIMEOUT_S} s")
+            for request in requests:
+                request.check_error()
+            endpoint.close_blocking()
+        except self.error as error:
+            raise TransportError(f"UCX does not work: {error}") from error
+        if sent != received:
+            raise TransportError("UCX delivered other bytes than were sent")
 
 
 def _is_loopback(host: str) -> bool:

@@ -54,6 +54,10 @@ class AttemptTable:
             raise StaleCommand(f"epoch {leader_epoch} is over, {self._epoch} leads")
         self._epoch = leader_epoch
 
+    def see_epoch(self, leader_epoch: int) -> None:
+        """A leader announced itself: commands of older epochs are refused from now on."""
+        self._epoch = max(self._epoch, leader_epoch)
+
     def get(self, key: RequestKey) -> Attempt | None:
         """Exactly this attempt, if it is live here."""
         attempt = self._attempts.get(key.request_id)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from shared.bus.base import Bus
 from shared.core.prefix import block_keys, root_key
-from shared.core.request import Request
+from shared.core.request import Request, RequestKey
 from shared.engine.outputs import KVExport
 from shared.engine.thread import EngineThread
 from shared.errors import BanyanError
@@ -22,6 +22,9 @@ from shared.transport.base import PieceHeader, PieceKind, TransferIds, Transport
 from shared.worker.kv_receiver import receive_kv
 
 log = logging.getLogger(__name__)
+
+PUT_WINDOW = 16
+"""Pieces of a put under way at a time."""
 
 STORE_BLOCK_TOKENS = 64
 """Block size of the store; an engine of another block size does without it for now."""
@@ -114,44 +117,45 @@ class StoreClient:
         except BanyanError as error:
             self._failed("reservation", error)
             return 0
-        transfer_id = self._transfer_ids.next()
+        count = 0
         try:
-            receiving = asyncio.create_task(
-                receive_kv(
-                    self._transport,
-                    self._engine,
-                    key,
-                    transfer_id=transfer_id,
-                    timeout_s=self._timeout_s,
-                )
-            )
-            try:
-                reply = await self._bus.request(
-                    subjects.kv(plan.store, "get"),
-                    GetBlocks(
-                        kv_layout=self._layout_name,
-                        keys=plan.keys[:num_blocks],
-                        transfer_id=transfer_id,
-                        address=self._transport.address,
-                        timeout_s=self._timeout_s,
-                    ),
-                    Done,
-                    timeout_s=self._timeout_s,
-                )
-                await receiving
-            finally:
-                receiving.cancel()
+            count = await self._transfer(key, plan, num_blocks)
         except (BanyanError, TimeoutError, ValueError) as error:
             self._failed("get", error)
-            reply = Done(count=0)
-        except asyncio.CancelledError:
-            self._engine.call(lambda e: e.release(key))
-            raise
-        if reply.count == 0:
-            await asyncio.wrap_future(self._engine.call(lambda e: e.release(key)))
-            return 0
-        self.num_hit_blocks += reply.count
-        return reply.count * STORE_BLOCK_TOKENS
+        finally:
+            if count == 0:
+                self._engine.call(lambda e: e.release(key))
+        self.num_hit_blocks += count
+        return count * STORE_BLOCK_TOKENS
+
+    async def _transfer(self, key: RequestKey, plan: StorePlan, num_blocks: int) -> int:
+        """Have the store send, and import what comes; returns the number of blocks."""
+        transfer_id = self._transfer_ids.next()
+        question = GetBlocks(
+            kv_layout=self._layout_name,
+            keys=plan.keys[:num_blocks],
+            transfer_id=transfer_id,
+            address=self._transport.address,
+            timeout_s=self._timeout_s,
+        )
+        receiving = asyncio.create_task(
+            receive_kv(
+                self._transport,
+                self._engine,
+                key,
+                transfer_id=transfer_id,
+                timeout_s=self._timeout_s,
+            )
+        )
+        try:
+            reply = await self._bus.request(
+                subjects.kv(plan.store, "get"), question, Done, timeout_s=self._timeout_s
+            )
+            await receiving
+        finally:
+            receiving.cancel()
+            await asyncio.wait([receiving])
+        return reply.count
 
     def offer(self, plan: StorePlan, exports: list[KVExport]) -> None:
         """Put a prompt's full blocks into the store in the background, or skip it when busy."""
@@ -176,15 +180,26 @@ class StoreClient:
                 PutAccepted,
                 timeout_s=self._timeout_s,
             )
-            wanted = frozenset(accepted.wanted)
-            index = 0
-            for export in exports:
-                for block in range(export.block_lo, export.block_hi):
-                    if block in wanted:
-                        await self._send_block(accepted, index, export, block)
-                        index += 1
+            await self._send_wanted(accepted, exports)
         except BanyanError as error:
             self._failed("put", error)
+
+    async def _send_wanted(self, accepted: PutAccepted, exports: list[KVExport]) -> None:
+        """Send the blocks the store wants, a few at a time, so that it never waits for the next."""
+        wanted = frozenset(accepted.wanted)
+        pieces = [
+            (export, block)
+            for export in exports
+            for block in range(export.block_lo, export.block_hi)
+            if block in wanted
+        ]
+        for first in range(0, len(pieces), PUT_WINDOW):
+            await asyncio.gather(
+                *(
+                    self._send_block(accepted, first + offset, export, block)
+                    for offset, (export, block) in enumerate(pieces[first : first + PUT_WINDOW])
+                )
+            )
 
     async def _send_block(
         self, accepted: PutAccepted, index: int, export: KVExport, block: int

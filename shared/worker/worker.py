@@ -6,6 +6,7 @@ The event loop talks; the engine's thread computes. What the engine produces arr
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable
 
 from shared.bus.base import Bus
@@ -17,7 +18,7 @@ from shared.engine.thread import EngineInfo, EngineThread
 from shared.errors import BusError
 from shared.messages import subjects
 from shared.messages.base import Message, expect
-from shared.messages.load import Drain, InstanceExited, ServiceReport
+from shared.messages.load import InstanceExited, InstanceState, ServiceReport
 from shared.messages.requests import Done, LeaderChanged, SnapshotRequest
 from shared.messages.tokens import AckTokens, TokenBatch, TokenDelta, TokensSince, TokensSinceReply
 from shared.messages.workers import (
@@ -26,7 +27,7 @@ from shared.messages.workers import (
     StartBatch,
     WorkerSnapshot,
 )
-from shared.reporting import connect_bus
+from shared.reporting import OpenBus, connect_bus
 from shared.runtime import Release, Runtime, Service
 from shared.transport.base import Transport
 from shared.transport.factory import create_transport
@@ -40,13 +41,29 @@ from shared.worker.store_client import StoreClient
 log = logging.getLogger(__name__)
 
 ENGINE_STOP_S = 5.0
+GIL_SWITCH_S = 0.0005
+"""The loop and the engine's thread share the interpreter: with Python's own 5 ms each would wait
+that long for the other, many times a step."""
+
+
+def open_transport(settings: WorkerSettings) -> Transport:
+    """The transport that the settings name."""
+    return create_transport(settings.transport, host=settings.transport_host)
 
 
 class WorkerService(Service):
     """A prefill or decode instance; which of the two is only its ``settings.service``."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        *,
+        open_bus: OpenBus = connect_bus,
+        make_transport: Callable[[WorkerSettings], Transport] = open_transport,
+    ) -> None:
         self._settings = settings
+        self._make_transport = make_transport
+        self._open_bus = open_bus
         self._role = settings.service
         self._outputs = OutputLog(ttl_s=settings.output_ttl_s)
         self._attempts = AttemptTable()
@@ -58,6 +75,7 @@ class WorkerService(Service):
     async def start(self, runtime: Runtime) -> None:
         """Load the model, open the data plane, join the bus."""
         settings = self._settings
+        sys.setswitchinterval(GIL_SWITCH_S)
         self._runtime = runtime
         self._loop = asyncio.get_running_loop()
         self._engine = EngineThread(
@@ -73,10 +91,10 @@ class WorkerService(Service):
         )
         runtime.on_release(Release.DEVICE, "engine", self._stop_engine)
         info: EngineInfo = await asyncio.wrap_future(self._engine.start())
-        transport: Transport = create_transport(settings.transport, host=settings.transport_host)
+        transport = self._make_transport(settings)
         runtime.on_release(Release.TRANSPORT, "transport", transport.close)
         await transport.start()
-        bus = await connect_bus(settings, runtime)
+        bus = await self._open_bus(settings, runtime)
         self._compose(bus, transport, info)
         await self._subscribe()
         runtime.spawn(self._publish_in_order(), name="publisher")
@@ -123,7 +141,6 @@ class WorkerService(Service):
         await bus.subscribe(subjects.tokens_ack(instance), self._on_ack)
         await bus.serve(subjects.tokens_since(instance), self._on_tokens_since)
         await bus.serve(subjects.snapshot(instance), self._on_snapshot)
-        await bus.serve(subjects.control(instance, "drain"), self._on_drain)
         await bus.serve(subjects.worker(self._role, instance, "reserve"), self._on_reserve)
         await bus.serve(subjects.worker(self._role, instance, "start"), self._on_start)
         await bus.serve(subjects.worker(self._role, instance, "abort"), self._on_abort)
@@ -193,7 +210,7 @@ class WorkerService(Service):
 
     async def _on_leader(self, message: Message, subject: str) -> None:
         if isinstance(message, LeaderChanged):
-            self._attempts.check_epoch(message.leader_epoch)
+            self._attempts.see_epoch(message.leader_epoch)
 
     async def _on_reserve(self, message: Message) -> Message:
         command = expect(message, ReserveKV)
@@ -228,14 +245,13 @@ class WorkerService(Service):
         if isinstance(message, AckTokens):
             self._outputs.discard(k for k in message.requests if self._attempts.get(k) is None)
 
-    async def _on_drain(self, message: Message) -> Message:
-        self._runtime.stop(f"drain: {expect(message, Drain).reason}")
-        return Done()
-
     async def _on_store_report(self, message: Message, subject: str) -> None:
         now_s = self._loop.time()
-        if isinstance(message, ServiceReport):
-            self._stores.on_report(message.instance, message.sequence, now_s)
+        match message:
+            case ServiceReport(state=InstanceState.READY):
+                self._stores.on_report(message.instance, message.sequence, now_s)
+            case ServiceReport() | InstanceExited():
+                self._stores.remove(message.instance)
         self._stores.expired(now_s)
         self._store_client.stores = self._stores.instances
 

@@ -13,7 +13,7 @@ from shared.bus.server import EmbeddedNats
 from shared.config import ServiceSettings
 from shared.messages import CODEC
 from shared.metrics import Metrics
-from shared.reporting import connect_bus
+from shared.reporting import connect_bus, serve_drain
 from shared.runtime import Deadlines, Release, Runtime, Service
 from shared.transport.base import Transport
 from shared.transport.memory import MemoryFabric, MemoryTransport
@@ -85,6 +85,7 @@ class MemoryWorld(World):
         bus = self.new_bus()
         await bus.connect()
         runtime.on_release(Release.BUS, "bus", bus.close)
+        await serve_drain(bus, runtime)
         return bus
 
     def new_bus(self) -> Bus:

@@ -70,7 +70,7 @@ class PrefillBatch:
 
 
 class Policy(ABC):
-    """Base of all policies (ALGORITHMS: order and pack). Not thread-safe; one owner calls it.
+    """Base of all policies: they order and pack. Not thread-safe; one owner calls it.
 
     The waiting set is kept here; a subclass says in what order it leaves and how it is packed.
     """
