@@ -108,7 +108,7 @@ class Transport(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Begin to listen. Raises ``TransportError`` if that cannot be done."""
+        """Begin to listen; once. Raises ``TransportError`` if that cannot be done."""
 
     @abstractmethod
     async def close(self) -> None:

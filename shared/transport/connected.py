@@ -29,9 +29,9 @@ DIAL_TIMEOUT_S = 10.0
 class ConnectedTransport(Transport):
     """A transport whose peers dial each other.
 
-    TCP and UCX speak to each other: what both sides can is used. Each pair of peers has at most one connection a direction, opened by the first send and shared
-    by all transfers. It ends when either side closes it or dies, and what is in flight on it ends
-    with it.
+    TCP and UCX speak to each other: what both sides can is used. Each pair of peers has at most one
+    connection a direction, opened by the first send and shared by all transfers. It ends when
+    either side closes it or dies, and what is in flight on it ends with it.
     """
 
     kind: ClassVar[Kind]
@@ -88,8 +88,13 @@ class ConnectedTransport(Transport):
 
     async def start(self) -> None:
         """See ``Transport``."""
+        if self._server is not None or self._address:
+            raise RuntimeError("a transport is started once")
         loop = asyncio.get_running_loop()
         try:
+            host = self._advertise_host
+            if host is None:
+                host = await asyncio.to_thread(advertised_host, self._host)
             self._server = await loop.create_server(
                 self._on_connection,
                 self._host,
@@ -97,9 +102,6 @@ class ConnectedTransport(Transport):
                 ssl=self._server_ssl,
                 ssl_handshake_timeout=DIAL_TIMEOUT_S if self._server_ssl is not None else None,
             )
-            host = self._advertise_host
-            if host is None:
-                host = await asyncio.to_thread(advertised_host, self._host)
         except OSError as error:
             raise TransportError(f"cannot listen on {self._host}:{self._port}: {error}") from error
         port = self._server.sockets[0].getsockname()[1]

@@ -31,7 +31,8 @@ def create_transport(
     """A transport, still to be started.
 
     ``auto`` is UCX where it works and TCP elsewhere or with TLS; the two understand each other, so
-    that one process without ucxx does no harm. ``memory`` needs its ``fabric``. Finding out whether UCX works imports it, which takes about 0.6 s.
+    that one process without ucxx does no harm. ``memory`` needs its ``fabric``. Finding out whether
+    UCX works imports it, which takes about 0.6 s.
 
     Raises ``TransportError`` if ``ucx`` is asked for and does not work, ``ValueError`` for settings
     that contradict each other.

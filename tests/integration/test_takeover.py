@@ -49,7 +49,7 @@ MODEL = "tiny-chat"
 PROMPT = (3, 204, 979, 829, 3153, 769, 1912, 19, 2, 204, 4, 204)
 NUM_TOKENS = 12
 WORKER = {"model": str(BUNDLED), "dtype": "fp32", "num_blocks": 64, "num_threads": 1}
-DEAD_EPOCH = 7
+DEAD_EPOCH = 0
 
 
 class Rig:
@@ -60,16 +60,19 @@ class Rig:
         self.bus = bus
         self.tracker = tracker
         self.reports: dict[str, WorkerReport] = {}
+        self.reported = asyncio.Event()
         self.taken: list[Request] = []
 
     async def hear(self, message: Message, subject: str) -> None:
         if isinstance(message, WorkerReport):
             self.reports[message.role] = message
+            self.reported.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):
             while not condition():
-                await asyncio.sleep(0.02)
+                self.reported.clear()
+                await self.reported.wait()
 
     async def all_blocks_are_free(self) -> None:
         await self.until(
@@ -101,7 +104,9 @@ class Rig:
 
     @contextlib.asynccontextmanager
     async def real_leader(self) -> AsyncIterator[None]:
-        settings = SchedulerSettings.load(instance="sched-2", audit_period_s=0.3)
+        settings = SchedulerSettings.load(
+            instance="sched-2", audit_period_s=0.3, **self.world.settings()
+        )
         service = SchedulerService(settings, open_bus=self.world.open_bus)
         async with self.world.running(service, settings):
             yield
@@ -148,8 +153,8 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[R
         made = Rig(world, bus, tracker)
         await bus.subscribe(subjects.all_load(), made.hear)
         shared = {"open_bus": world.open_bus, "make_transport": lambda _: world.new_transport()}
-        prefill = PrefillSettings.load(instance="prefill-1", **WORKER)
-        decode = DecodeSettings.load(instance="decode-1", **WORKER)
+        prefill = PrefillSettings.load(instance="prefill-1", **WORKER, **world.settings())
+        decode = DecodeSettings.load(instance="decode-1", **WORKER, **world.settings())
         await stack.enter_async_context(
             world.running(PrefillService(prefill, **shared), prefill)  # type: ignore[arg-type]
         )
@@ -191,7 +196,7 @@ async def test_a_leader_killed_between_a_reservation_and_its_start(rig: Rig) -> 
             batch_id=1,
             items=(StartItem(gateway="gate-1", request=request, target=reserved.target),),
         )
-        with pytest.raises(RemoteError, match="epoch 7 is over") as refused:
+        with pytest.raises(RemoteError, match="epoch 0 is over") as refused:
             await rig.command("prefill", "start", late, Done)
         assert refused.value.code == "StaleCommand"
         await rig.tracker.idle()
