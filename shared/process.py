@@ -5,9 +5,11 @@ import ctypes
 import faulthandler
 import logging
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
@@ -39,22 +41,31 @@ class ExitTimer:
     """
 
     def __init__(self) -> None:
-        self._timer: threading.Timer | None = None
+        # A pipe and not a lock or an event: a signal handler may interrupt ``arm`` anywhere and
+        # call it again, which would wait for ever for what it has interrupted.
+        self._wake_up, self._armed = os.pipe()
+        self._deadline_s: float | None = None
+        self._exit_code = 1
+        threading.Thread(target=self._watch, name="exit timer", daemon=True).start()
 
     def arm(self, after_s: float, exit_code: int) -> None:
-        """End the process with ``exit_code`` after ``after_s``; replaces what was armed before.
+        """End the process with ``exit_code`` after ``after_s``; replaces what was armed before."""
+        self._exit_code = exit_code
+        self._deadline_s = time.monotonic() + after_s
+        os.write(self._armed, b".")
 
-        No lock, because a signal handler may come in between: at worst two timers run.
-        """
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = threading.Timer(after_s, self._expire, (after_s, exit_code))
-        self._timer.daemon = True
-        self._timer.start()
+    def _watch(self) -> None:
+        while True:
+            deadline_s = self._deadline_s
+            left_s = None if deadline_s is None else deadline_s - time.monotonic()
+            if left_s is not None and left_s <= 0:
+                self._expire(self._exit_code)
+            if select.select([self._wake_up], [], [], left_s)[0]:
+                os.read(self._wake_up, 64)
 
     @staticmethod
-    def _expire(after_s: float, exit_code: int) -> None:
-        _log.critical("still running, ending the process", extra={"after_s": after_s})
+    def _expire(exit_code: int) -> None:
+        _log.critical("still running, ending the process")
         faulthandler.dump_traceback(all_threads=True)
         os._exit(exit_code)
 

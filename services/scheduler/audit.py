@@ -17,6 +17,9 @@ from shared.messages.workers import RequestStage, WorkerSnapshot
 
 log = logging.getLogger(__name__)
 
+_ALIVE = (RequestStage.PREFILL, RequestStage.SENDING, RequestStage.DECODE)
+"""A mere reservation is not alive: nobody may be about to fill it."""
+
 MISSES = 2
 """How many audits in a row must agree before anything is done."""
 
@@ -89,8 +92,8 @@ class Audit:
         self._strangers = strangers
 
     def _lose_missing(self, answered: dict[str, WorkerSnapshot]) -> None:
-        known = {
-            (instance, RequestKey(held.request_id, held.attempt))
+        stages = {
+            (instance, RequestKey(held.request_id, held.attempt)): held.stage
             for instance, snapshot in answered.items()
             for held in snapshot.requests
         }
@@ -98,7 +101,10 @@ class Audit:
             if entry.status is not EntryStatus.PLACED:
                 continue
             asked = [name for name in entry.instances if name in answered]
-            if len(asked) < len(entry.instances) or any((n, entry.key) in known for n in asked):
+            alive = [stages.get((name, entry.key)) in _ALIVE for name in asked]
+            # An end that its gateway has not heard of yet is repeated by the decode instance.
+            has_ended = stages.get((entry.decode, entry.key)) is RequestStage.ENDED
+            if len(asked) < len(entry.instances) or any(alive) or has_ended:
                 entry.missed_audits = 0
                 continue
             entry.missed_audits += 1

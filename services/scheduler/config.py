@@ -26,6 +26,8 @@ class SchedulerSettings(ServiceSettings):
     instance_ttl_s: float = Field(default=2.0, gt=0)
     """An instance silent for this long is dead."""
     lease_ttl_s: float = Field(default=2.0, ge=1.0)
+    listen_s: float = Field(default=0.5, ge=0)
+    """How long a scheduler that has just started listens to reports before it may dispatch."""
     takeover_s: float = Field(default=1.0, gt=0)
     """How long a new leader waits for the workers' snapshots."""
     command_timeout_s: float = Field(default=5.0, gt=0)

@@ -46,6 +46,7 @@ class SchedulerService(Service):
         self._counters = SchedulerCounters(runtime.metrics)
         self._bus: Bus = await self._open_bus(settings, runtime)
         self._bus.add_reconnect_listener(self._on_reconnect)
+        self._listening_since_s = self._clock.now_s()
         await self._bus.subscribe(subjects.all_load(), self._on_report)
         await self._bus.subscribe(subjects.all_request_events(), self._on_event)
         store = await self._bus.lease_store(settings.lease_ttl_s)
@@ -101,6 +102,7 @@ class SchedulerService(Service):
             settings=self._settings,
             clock=self._clock,
             counters=self._counters,
+            listening_since_s=self._listening_since_s,
         )
         await self._reporter.publish()
         try:

@@ -54,8 +54,10 @@ class Term:
         settings: SchedulerSettings,
         clock: Clock,
         counters: SchedulerCounters,
+        listening_since_s: float,
     ) -> None:
         self.epoch = epoch
+        self._listening_since_s = listening_since_s
         self._election = election
         self._bus = bus
         self._cluster = cluster
@@ -64,6 +66,7 @@ class Term:
         self._counters = counters
         self._findings = Findings()
         self._recovered = asyncio.Event()
+        self._is_over = False
         self._background: set[asyncio.Task[None]] = set()
         self.table = RequestTable()
         self.commands = WorkerCommands(
@@ -110,13 +113,20 @@ class Term:
                 tasks.create_task(self._predictions.run(), name="predictions")
                 tasks.create_task(self._audit.run(self._settings.audit_period_s), name="audit")
         finally:
+            self._is_over = True
+            self._recovered.set()  # whoever waits for it is told that the term is over
             for task in self._background:
                 task.cancel()
             await subscription.unsubscribe()
             await self.commands.close()
 
     async def _recover(self) -> None:
-        """Ask every live worker what it holds: until all have answered, or for a second."""
+        """Ask every live worker what it holds: until all have answered, or for a second.
+
+        A standby has heard for long who is alive; a scheduler that has just started listens first.
+        """
+        heard_s = self._clock.now_s() - self._listening_since_s
+        await asyncio.sleep(max(0.0, self._settings.listen_s - heard_s))
         workers = [
             name for role in ("prefill", "decode") for name in self._cluster.instances_of(role)
         ]
@@ -143,8 +153,7 @@ class Term:
     # Requests from gateways
 
     async def _serve(self, message: Message) -> Message:
-        if not self._election.is_leader:
-            raise StaleCommand("this scheduler does not lead any more")
+        self._check_lead()
         match message:
             case SubmitRequest():
                 return await self._on_submit(message)
@@ -152,6 +161,10 @@ class Term:
                 return self._on_close(message)
             case _:
                 raise UnknownMessage(f"{type(message).__name__} is not for the scheduler")
+
+    def _check_lead(self) -> None:
+        if self._is_over or not self._election.is_leader:
+            raise StaleCommand("this scheduler does not lead any more")
 
     async def _on_submit(self, message: SubmitRequest) -> SubmitReply:
         request = message.request
@@ -164,6 +177,7 @@ class Term:
             arrival_s = min(arrival_s, entry.arrival_s)
         if not self._recovered.is_set():
             await self._recovered.wait()
+            self._check_lead()
             if self.table.current(request.key) is not None:  # re-sent while this one waited
                 return self._status_of(self.table.current(request.key), request.attempt)
         return self._admit(message, arrival_s)

@@ -60,8 +60,11 @@ class _TcpChannel(Channel):
     def recv_into(self, buffer: Buffer, *, timeout_s: float) -> int:
         self._check()
         deadline = Deadline(timeout_s)
-        # Nothing is lost if this one times out, so it does not break the channel.
-        num_read = self._connection.read_some(self._head, deadline)
+        try:
+            num_read = self._connection.read_some(self._head, deadline)
+        except PeerGone as error:  # a timeout here loses nothing, so it breaks nothing
+            self._broken = str(error)
+            raise
         self._guarded(lambda: self._connection.read(self._head[num_read:], deadline))
         (length,) = _LENGTH.unpack(self._head)
         view = byte_view(buffer)

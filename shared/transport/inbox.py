@@ -16,6 +16,9 @@ _OFFER_BYTES = 512
 _NUM_REMEMBERED = 1 << 16
 """How many ended transfers are remembered; later pieces of older ones count as unclaimed."""
 
+_NUM_SOURCES = 1 << 12
+"""For how many transfers it is remembered which link they come from."""
+
 
 class Offer(ABC):
     """A piece that a peer has announced and that waits to be taken.
@@ -62,6 +65,7 @@ class Inbox:
         self._unclaimed_bytes: Counter[object] = Counter()
         self._waiting: dict[int, dict[int, asyncio.Future[Offer]]] = {}
         self._ended: OrderedDict[int, TransportError] = OrderedDict()
+        self._source: OrderedDict[int, object] = OrderedDict()
         self._closed: str | None = None
         self.num_refused = 0
 
@@ -75,6 +79,10 @@ class Inbox:
         ):
             self._refuse(offer)
             return True
+        self._source[transfer_id] = offer.link
+        self._source.move_to_end(transfer_id)
+        if len(self._source) > _NUM_SOURCES:
+            self._source.popitem(last=False)
         future = self._waiting.get(transfer_id, {}).get(piece)
         if future is not None and not future.done():
             future.set_result(offer)
@@ -131,13 +139,17 @@ class Inbox:
         self._fail_waiting(transfer_id, reason)
 
     def lose(self, link: object, reason: PeerGone) -> None:
-        """A link is gone: transfers with payloads still at the other end are ended.
+        """A link is gone: transfers that came over it are ended.
 
-        What had arrived with its offer can still be taken.
+        One of which only such pieces are here as came with their payload is not: they can be taken.
         """
         orphans = [offer for offer in self._offers() if offer.link is link]
         for transfer_id in {o.header.transfer_id for o in orphans if o.inline is None}:
             self.end(transfer_id, reason)
+        for transfer_id in [x for x, source in self._source.items() if source is link]:
+            del self._source[transfer_id]
+            if transfer_id not in self._unclaimed:
+                self.end(transfer_id, reason)
         kept_bytes = self._unclaimed_bytes.pop(link, 0)
         if self._unclaimed_bytes[None] + kept_bytes > self._max_unclaimed_bytes:
             for offer in [offer for offer in self._offers() if offer.link is None]:

@@ -98,11 +98,11 @@ class MemoryTransport(Transport):
         if not self._is_open:
             return
         self._is_open = False
-        self._fabric.leave(self._address)
         reason = "the memory transport was closed"
         self._inbox.close(reason)
         for offer in list(self._sending):
             offer.fail(PeerGone(reason))
+        self._fabric.leave(self._address)
         self._staging.clear()
 
     async def forget_peer(self, peer: bytes) -> None:
@@ -115,9 +115,9 @@ class MemoryTransport(Transport):
 
     def lose(self, peer: bytes, reason: PeerGone) -> None:
         """End what is in flight with a peer, on this side; for the fabric."""
-        self._inbox.lose(peer, reason)
         for offer in [offer for offer in self._sending if offer.target == peer]:
             offer.fail(reason)
+        self._inbox.lose(peer, reason)
 
     async def _send(self, peer: bytes, header: PieceHeader, payload: memoryview) -> None:
         receiver = self._fabric.find(peer)

@@ -64,6 +64,7 @@ class UcxLibrary:
             if name.startswith("UCX_") and _SET_BY_UCXX.get(name) != value
         )
         os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+        os.environ.setdefault("UCX_LOG_FILE", "stderr")  # stdout belongs to the program
         try:
             importlib.import_module("ucxx")
             api = importlib.import_module("ucxx._lib.libucxx")

@@ -146,8 +146,12 @@ class Executor:
         """Begin to prefill a batch; returns how many of it were not known already."""
         started = 0
         for item in command.items:
-            if self._attempts.get(item.request.key) is not None:
+            known = self._attempts.get(item.request.key)
+            if known is not None and known.stage is not RequestStage.RESERVED:
                 continue
+            if known is not None:
+                # Reserved for an older leader; this one has it served here from the start.
+                self._drop(known)
             try:
                 self._make_way(item.request.key)
             except StaleCommand as error:
@@ -166,7 +170,7 @@ class Executor:
             started += 1
         return started
 
-    async def abort(self, keys: Iterable[RequestKey]) -> int:
+    def abort(self, keys: Iterable[RequestKey]) -> int:
         """Stop attempts and free what they hold; unknown ones are ignored."""
         aborted = 0
         for key in keys:

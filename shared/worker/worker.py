@@ -15,7 +15,7 @@ from shared.core.request import RequestKey
 from shared.engine.build import build_engine
 from shared.engine.outputs import KVExport, RequestOutput, StepOutput
 from shared.engine.thread import EngineInfo, EngineThread
-from shared.errors import BusError
+from shared.errors import BusError, UnknownMessage
 from shared.messages import subjects
 from shared.messages.base import Message, expect
 from shared.messages.load import InstanceExited, InstanceState, ServiceReport
@@ -141,9 +141,8 @@ class WorkerService(Service):
         await bus.subscribe(subjects.tokens_ack(instance), self._on_ack)
         await bus.serve(subjects.tokens_since(instance), self._on_tokens_since)
         await bus.serve(subjects.snapshot(instance), self._on_snapshot)
-        await bus.serve(subjects.worker(self._role, instance, "reserve"), self._on_reserve)
-        await bus.serve(subjects.worker(self._role, instance, "start"), self._on_start)
-        await bus.serve(subjects.worker(self._role, instance, "abort"), self._on_abort)
+        # One subscription for all verbs: commands are begun in the order in which they were sent.
+        await bus.serve(subjects.worker(self._role, instance, "*"), self._on_command)
         if self._settings.use_kvstore:
             await bus.subscribe(subjects.load_of_role("kvstore"), self._on_store_report)
 
@@ -212,20 +211,19 @@ class WorkerService(Service):
         if isinstance(message, LeaderChanged):
             self._attempts.see_epoch(message.leader_epoch)
 
-    async def _on_reserve(self, message: Message) -> Message:
-        command = expect(message, ReserveKV)
-        self._attempts.check_epoch(command.leader_epoch)
-        return await self._executor.reserve(command)
-
-    async def _on_start(self, message: Message) -> Message:
-        command = expect(message, StartBatch)
-        self._attempts.check_epoch(command.leader_epoch)
-        return Done(count=self._executor.start(command))
-
-    async def _on_abort(self, message: Message) -> Message:
-        command = expect(message, AbortRequests)
-        self._attempts.check_epoch(command.leader_epoch)
-        return Done(count=await self._executor.abort(command.requests))
+    async def _on_command(self, message: Message) -> Message:
+        match message:
+            case ReserveKV():
+                self._attempts.check_epoch(message.leader_epoch)
+                return await self._executor.reserve(message)
+            case StartBatch():
+                self._attempts.check_epoch(message.leader_epoch)
+                return Done(count=self._executor.start(message))
+            case AbortRequests():
+                self._attempts.check_epoch(message.leader_epoch)
+                return Done(count=self._executor.abort(message.requests))
+            case _:
+                raise UnknownMessage(f"{type(message).__name__} is no command for a worker")
 
     async def _on_snapshot(self, message: Message) -> Message:
         self._attempts.check_epoch(expect(message, SnapshotRequest).leader_epoch)

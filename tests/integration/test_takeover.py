@@ -201,7 +201,7 @@ async def test_a_leader_killed_between_a_reservation_and_its_start(rig: Rig) -> 
         assert refused.value.code == "StaleCommand"
         await rig.tracker.idle()
         await rig.all_blocks_are_free()
-    assert rig.reports["prefill"].num_stale_dropped == 1
+    await rig.until(lambda: rig.reports["prefill"].num_stale_dropped == 1)
 
 
 async def test_a_request_that_runs_is_found_and_not_started_again(rig: Rig) -> None:

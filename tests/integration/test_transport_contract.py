@@ -6,7 +6,6 @@ import os
 import random
 import ssl
 import subprocess
-import sys
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack
@@ -15,9 +14,12 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from transport_peer import (
+from shared.errors import ChecksumMismatch, PeerGone, ProtocolError, TransferTimeout
+from shared.transport.base import PieceKind, TransferIds, Transport
+from shared.transport.factory import create_transport
+from shared.transport.memory import MemoryFabric
+from shared.transport.tcp import TcpTransport
+from tests.integration.transport_peer import (
     CONNECTED_KINDS,
     KINDS,
     LocalPeer,
@@ -27,16 +29,11 @@ from transport_peer import (
     payload_of,
 )
 
-from shared.errors import ChecksumMismatch, PeerGone, ProtocolError, TransferTimeout
-from shared.transport.base import PieceKind, TransferIds, Transport
-from shared.transport.factory import create_transport
-from shared.transport.memory import MemoryFabric
-from shared.transport.tcp import TcpTransport
-
 SOON_S = 0.3
 LONG_S = 20.0
-BIG = 8 << 20
-"""Never sent along with the offer: waits for the receiver."""
+BIG = 1 << 20
+"""Never sent along with the offer: waits for the receiver. Summed on the loop, so that offers go
+out in the order of the calls."""
 
 SIZES = (0, 1, 511, 513, 16 << 10, (16 << 10) + 1, 100_003, 1 << 20, 5_000_001, 64 << 20)
 
@@ -102,7 +99,7 @@ def start(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
 
 async def eventually(is_so: Callable[[], bool]) -> None:
     async with asyncio.timeout(LONG_S):
-        while not is_so():
+        while not is_so():  # noqa: ASYNC110 there is no event for what is asked
             await asyncio.sleep(0.01)
 
 
@@ -432,15 +429,14 @@ async def test_small_pieces_survive_their_sender(world: World) -> None:
 async def test_a_peer_that_floods_loses_its_link_and_nobody_else_does(world: World) -> None:
     here = await world.here(max_unclaimed_bytes=100_000)
     flooder, witness = await world.peer(), await world.peer()
-    flood = await flooder.call(
-        "send",
-        to=here.address.hex(),
-        transfer_id=world.ids.next(),
-        nbytes=1000,
-        count=5000,
+    flood, unasked = world.ids.next(), world.ids.next()
+    flooding = start(
+        flooder.call("send", to=here.address.hex(), transfer_id=flood, nbytes=1000, count=5000)
     )
-    assert flood["error"] == "PeerGone"
+    pending = await flooder.call("send", to=here.address.hex(), transfer_id=unasked, nbytes=BIG)
+    assert pending["error"] == "PeerGone"
     await _exchange(here, witness, world.ids, 2)
+    await flooding
 
 
 async def test_what_is_no_address_and_no_piece_is_refused(world: World) -> None:

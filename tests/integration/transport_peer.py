@@ -192,6 +192,8 @@ class RemotePeer:
 
 
 async def _serve(kind: str, options: dict[str, Any]) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
     peer = Peer(new_transport(kind, **options))
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
@@ -199,7 +201,7 @@ async def _serve(kind: str, options: dict[str, Any]) -> None:
     )
 
     async def answer(number: int, command: dict[str, Any]) -> None:
-        print(json.dumps([number, await peer.carry_out(command)]), flush=True)
+        print(json.dumps([number, await peer.carry_out(command)]), file=answers, flush=True)
 
     async with asyncio.TaskGroup() as commands:
         while line := await reader.readline():
