@@ -19,7 +19,6 @@ import httpx
 
 from bench.environment import environment
 from bench.equality import BUNDLED
-from bench.reference import OWN_PROMPTS
 from bench.suite import Suite, running_suite
 from services.gateway.served_model import ServedModel
 from shared.core.request import Request, SamplingParams
@@ -28,6 +27,8 @@ from shared.engine.config import EngineConfig
 from shared.engine.outputs import StepOutput
 from shared.engine.thread import EngineThread
 
+PROMPT = "Once upon a time there was a small"
+"""Short, and its first new token has a text: one without would show only with the second."""
 PAUSE_S = 0.02
 
 
@@ -79,13 +80,14 @@ def suite_ttft_s(http: httpx.Client, prompt: tuple[int, ...]) -> float:
         for line in response.iter_lines():
             if line.startswith("data: ") and not ttft_s:
                 ttft_s = time.perf_counter() - began_s
+                assert json.loads(line[6:])["choices"][0]["text"]
     return ttft_s
 
 
 def measure(suite: Suite, local: LocalEngine, rounds: int, requests: int) -> dict[str, object]:
     """Interleaved rounds of both."""
     model = ServedModel.from_model_dir(BUNDLED, name="tiny-chat")
-    prompt = tuple(model.tokenizer.encode_now(OWN_PROMPTS[1], add_special_tokens=True))
+    prompt = tuple(model.tokenizer.encode_now(PROMPT, add_special_tokens=True))
     local_s: list[float] = []
     suite_s: list[float] = []
     with httpx.Client(base_url=suite.url, timeout=30) as http:

@@ -137,6 +137,30 @@ class Engine:
         blocks = self._scheduler.reservations.importable(key, block_lo, block_hi)
         self.pool.import_blocks(layer, blocks, head_lo, head_hi, data)
 
+    def import_kv_layers(
+        self,
+        key: RequestKey,
+        first_layer: int,
+        block_lo: int,
+        block_hi: int,
+        head_lo: int,
+        head_hi: int,
+        data: memoryview,
+    ) -> None:
+        """``import_kv`` for one or more consecutive layers from ``first_layer`` on.
+
+        ``data`` has the layers' bytes one after the other; its size says how many they are.
+        Raises as ``import_kv``; layers before the one at fault are written then.
+        """
+        num_heads_and_blocks = (head_hi - head_lo) * (block_hi - block_lo)
+        layer, start = first_layer, 0
+        while start < data.nbytes:
+            if layer >= self.layout.num_layers:
+                raise ValueError(f"{data.nbytes} bytes are more than all layers from {first_layer}")
+            end = start + num_heads_and_blocks * self.layout.head_bytes(layer)
+            self.import_kv(key, layer, block_lo, block_hi, head_lo, head_hi, data[start:end])
+            layer, start = layer + 1, end
+
     def start_reserved(
         self,
         request: Request,

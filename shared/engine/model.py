@@ -91,9 +91,10 @@ def load_model(
 ) -> ModelChain:
     """Load a decoder-only transformers model from a local directory of safetensors.
 
-    ``dtype`` ``auto`` serves in bf16, but fp32 checkpoints, and everything on a CPU that has no bf16
-    instructions, in fp32. ``device`` ``auto`` is the GPU if there is one. No code from the checkpoint is run. Raises
-    ``UnsupportedModel`` saying what is in the way, ``OutOfMemory`` if the weights do not fit.
+    ``dtype`` ``auto`` is bf16, but fp32 for fp32 checkpoints and on a CPU without bf16
+    instructions. ``device`` ``auto`` is the GPU if there is one. No code from the checkpoint is
+    run. Raises ``UnsupportedModel`` saying what is in the way, ``OutOfMemory`` if the weights do
+    not fit.
     """
     config = _read_config(path)
     target = torch.device(_pick_device(device))

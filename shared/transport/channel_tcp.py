@@ -1,7 +1,6 @@
 """Channels over TCP."""
 
 import struct
-from collections.abc import Callable
 
 from shared.errors import PeerGone, ProtocolError, TransferTimeout
 from shared.transport.channel import Channel, ChannelEnd
@@ -10,6 +9,7 @@ from shared.transport.peering import Greeting
 from shared.transport.piece import Buffer, byte_view
 
 _LENGTH = struct.Struct("<Q")
+_SCRATCH_BYTES = 64 << 10
 
 
 class TcpChannelEnd(ChannelEnd):
@@ -36,56 +36,78 @@ class TcpChannelEnd(ChannelEnd):
             connection, _ = meet(peer, ours, deadline)
         finally:
             self.close()
-        return _TcpChannel(connection)
+        return SocketChannel(connection)
 
     def close(self) -> None:
         """See ``ChannelEnd``."""
         self._listener.close()
 
 
-class _TcpChannel(Channel):
+class SocketChannel(Channel):
     """Each message is its length, 8 bytes, and its bytes."""
 
     def __init__(self, connection: ChannelSocket) -> None:
         self._connection = connection
-        self._head = memoryview(bytearray(_LENGTH.size))
+        # What has been read and not been received yet is scratch[start:end]: small messages
+        # cost one system call that way, and large ones are read where they belong.
+        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self._start = 0
+        self._end = 0
         self._broken: str | None = None
 
     def send(self, buffer: Buffer, *, timeout_s: float) -> None:
-        self._check()
+        """See ``Channel``."""
+        if self._broken is not None:
+            raise PeerGone(self._broken)
         view = byte_view(buffer)
-        parts = [memoryview(_LENGTH.pack(view.nbytes)), view]
-        self._guarded(lambda: self._connection.write(parts, Deadline(timeout_s)))
-
-    def recv_into(self, buffer: Buffer, *, timeout_s: float) -> int:
-        self._check()
-        deadline = Deadline(timeout_s)
         try:
-            num_read = self._connection.read_some(self._head, deadline)
-        except PeerGone as error:  # a timeout here loses nothing, so it breaks nothing
-            self._broken = str(error)
-            raise
-        self._guarded(lambda: self._connection.read(self._head[num_read:], deadline))
-        (length,) = _LENGTH.unpack(self._head)
-        view = byte_view(buffer)
-        if length > view.nbytes:
-            self._broken = "the channel is broken: a message was too large"
-            raise ProtocolError(f"a message of {length} bytes, room for {view.nbytes}")
-        self._guarded(lambda: self._connection.read(view[:length], deadline))
-        return int(length)
-
-    def close(self) -> None:
-        if self._broken is None:
-            self._broken = "the channel is closed"
-        self._connection.close()
-
-    def _guarded(self, action: Callable[[], None]) -> None:
-        try:
-            action()
+            head = memoryview(_LENGTH.pack(view.nbytes))
+            self._connection.write([head, view], Deadline(timeout_s))
         except (PeerGone, TransferTimeout) as error:
             self._broken = f"the channel is broken: {error}"
             raise
 
-    def _check(self) -> None:
+    def recv_into(self, buffer: Buffer, *, timeout_s: float) -> int:
+        """See ``Channel``."""
         if self._broken is not None:
             raise PeerGone(self._broken)
+        deadline = Deadline(timeout_s)
+        length = self._read_length(deadline)
+        view = byte_view(buffer)
+        if length > view.nbytes:
+            self._broken = "the channel is broken: a message was too large"
+            raise ProtocolError(f"a message of {length} bytes, room for {view.nbytes}")
+        here = min(length, self._end - self._start)
+        view[:here] = self._scratch[self._start : self._start + here]
+        self._start += here
+        if here < length:
+            try:
+                self._connection.read(view[here:length], deadline)
+            except (PeerGone, TransferTimeout) as error:
+                self._broken = f"the channel is broken: {error}"
+                raise
+        return length
+
+    def close(self) -> None:
+        """See ``Channel``."""
+        if self._broken is None:
+            self._broken = "the channel is closed"
+        self._connection.close()
+
+    def _read_length(self, deadline: Deadline) -> int:
+        if self._start == self._end:
+            self._start = self._end = 0
+        while self._end - self._start < _LENGTH.size:
+            if self._start:
+                left = bytes(self._scratch[self._start : self._end])
+                self._scratch[: len(left)] = left
+                self._start, self._end = 0, len(left)
+            try:
+                # A timeout here loses nothing: what has come stays in the scratch memory.
+                self._end += self._connection.read_some(self._scratch[self._end :], deadline)
+            except PeerGone as error:
+                self._broken = str(error)
+                raise
+        (length,) = _LENGTH.unpack_from(self._scratch, self._start)
+        self._start += _LENGTH.size
+        return int(length)

@@ -1,13 +1,21 @@
-"""Channels over UCX, driven by the calling thread."""
+"""Channels over UCX, driven by the calling thread.
+
+Between two ends on one machine a plain socket is used instead: a thread that sleeps in the kernel
+is woken faster than one that sleeps on UCX's events. Measured on two cores, 16 KiB there and back:
+45 to 85 µs by socket, 40 to 400 by UCX, more the busier the machine is. Bare UCX needs 22 while
+both sides spin on a core each, and twice the spinning when they have to share one.
+"""
 
 import select
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from shared.errors import PeerGone, ProtocolError, TransferTimeout, TransportError
 from shared.transport.channel import Channel, ChannelEnd
 from shared.transport.channel_socket import ChannelListener, ChannelSocket, Deadline
+from shared.transport.channel_tcp import SocketChannel
 from shared.transport.peering import Greeting
 from shared.transport.piece import Buffer, byte_view
 from shared.transport.ucx_library import UcxLibrary
@@ -28,12 +36,17 @@ _NO_ROOM_MS = 1
 class UcxChannelEnd(ChannelEnd):
     """A UCX worker of its own, and a listener on ``host`` until it is connected.
 
-    Raises ``TransportError`` if UCX cannot be used here.
+    ``use_sockets_locally``: see the module. Raises ``TransportError`` if UCX cannot be used here.
     """
 
     def __init__(
-        self, *, host: str = "127.0.0.1", ucx_settings: Mapping[str, str] | None = None
+        self,
+        *,
+        host: str = "127.0.0.1",
+        use_sockets_locally: bool = True,
+        ucx_settings: Mapping[str, str] | None = None,
     ) -> None:
+        self._machine = _machine() if use_sockets_locally else b""
         self._library = UcxLibrary.load()
         settings = {**_SETTINGS, **(ucx_settings or {})}
         context = self._library.new_context(host=host, settings=settings)
@@ -62,12 +75,15 @@ class UcxChannelEnd(ChannelEnd):
             sender=self.address,
             channel_id=channel_id,
             worker_address=bytes(worker.address),
+            machine=self._machine,
         )
         meet = self._listener.dial if is_initiator else self._listener.accept
         try:
             connection, theirs = meet(peer, ours, deadline)
         finally:
             self._listener.close()
+        if self._machine and theirs.machine == self._machine:
+            return SocketChannel(connection)
         channel = _UcxChannel(self._library, worker, connection)
         try:
             channel.establish(theirs.worker_address, deadline)
@@ -80,6 +96,10 @@ class UcxChannelEnd(ChannelEnd):
         """See ``ChannelEnd``."""
         self._worker = None
         self._listener.close()
+
+
+def _machine() -> bytes:
+    return Path("/proc/sys/kernel/random/boot_id").read_bytes()
 
 
 class _UcxChannel(Channel):

@@ -47,8 +47,8 @@ class Greeting(msgspec.Struct, frozen=True, array_like=True, tag="g1"):
 
     ``token`` is the one of the address that was dialled; ``sender`` the speaking side's own
     address; the rest is filled in as the two sides need it: ``memory_card`` to be read from
-    (``pull``), ``can_pull`` the answer to it, ``worker_address`` for UCX, ``channel_id`` for
-    channels.
+    (``pull``), ``can_pull`` the answer to it, ``worker_address`` for UCX; ``channel_id`` and
+    ``machine`` (which one this side is on) for channels.
     """
 
     token: bytes
@@ -57,6 +57,7 @@ class Greeting(msgspec.Struct, frozen=True, array_like=True, tag="g1"):
     can_pull: bool = False
     worker_address: bytes = b""
     channel_id: int = 0
+    machine: bytes = b""
 
     def encode(self) -> bytes:
         """The greeting as bytes."""

@@ -73,6 +73,12 @@ class UcxLibrary:
             raise TransportError(f"ucxx cannot be imported: {error}") from error
         return cls(api, array.Array, api.UCXError, user_settings)
 
+    @staticmethod
+    def version() -> str:
+        """The version of ucxx, and of the UCX that it has loaded."""
+        ucxx = importlib.import_module("ucxx")
+        return f"{ucxx.__version__} (UCX {ucxx.__ucx_version__})"
+
     def new_context(self, *, host: str, settings: Mapping[str, str] | None = None) -> Any:
         """A UCX context for workers that peers reach at ``host``.
 

@@ -267,14 +267,17 @@ class Executor:
         except INFRASTRUCTURE_ERRORS as error:
             self._lose(attempt, f"not started: {error}")
 
-    def on_export(self, export: KVExport) -> None:
-        """KV of one layer came out of the engine: send it on, and keep it for the store."""
-        work = self._work.get(export.key)
-        if work is None:
-            return
-        self._sender.push(export)
-        if work.plan is not None:
-            work.exports.append(export)
+    def on_exports(self, exports: list[KVExport]) -> None:
+        """KV came out of the engine, in layer order: send it on, and keep it for the store."""
+        by_key: dict[RequestKey, list[KVExport]] = {}
+        for export in exports:
+            by_key.setdefault(export.key, []).append(export)
+        for key, own in by_key.items():
+            work = self._work.get(key)
+            if work is not None:
+                self._sender.push(key, own)
+                if work.plan is not None:
+                    work.exports += own
 
     def on_output(self, attempt: Attempt, delta: TokenDelta) -> None:
         """Tokens of ``attempt`` came out of the engine and are on their way to the gateway."""

@@ -44,7 +44,7 @@ async def receive_kv(
 def _import(engine: EngineThread, key: RequestKey, piece: Piece) -> concurrent.futures.Future[None]:
     header = piece.header
     return engine.call(
-        lambda e: e.import_kv(
+        lambda e: e.import_kv_layers(
             key,
             header.layer,
             header.block_lo,

@@ -18,13 +18,14 @@ log = logging.getLogger(__name__)
 @dataclass(slots=True)
 class _Sending:
     target: KVTarget
-    pieces: asyncio.Queue[KVExport | HandoffTrailer] = field(default_factory=asyncio.Queue)
+    items: asyncio.Queue[list[KVExport] | HandoffTrailer] = field(default_factory=asyncio.Queue)
     task: asyncio.Task[None] | None = None
 
 
 class KVSender:
     """One transfer an attempt; layer *i* travels while layer *i + 1* computes.
 
+    Layers that arrive together (small ones do) travel as one piece.
     The exports are copies, so the engine's blocks are free as soon as the prefill is over. What
     waits to be sent is bounded by the batches a prefill instance is given at a time.
     """
@@ -48,17 +49,17 @@ class KVSender:
         self._sending[key] = sending
         return sending.task
 
-    def push(self, export: KVExport) -> None:
-        """Send a piece of KV; ignored when the transfer is over."""
-        sending = self._sending.get(export.key)
-        if sending is not None and export.block_hi > sending.target.first_block:
-            sending.pieces.put_nowait(export)
+    def push(self, key: RequestKey, exports: list[KVExport]) -> None:
+        """Send KV of ``key``, layers in order; ignored when the transfer is over."""
+        sending = self._sending.get(key)
+        if sending is not None:
+            sending.items.put_nowait(exports)
 
     def finish(self, key: RequestKey, trailer: HandoffTrailer) -> None:
         """Send the trailer behind all KV."""
         sending = self._sending.get(key)
         if sending is not None:
-            sending.pieces.put_nowait(trailer)
+            sending.items.put_nowait(trailer)
 
     def abort(self, key: RequestKey) -> None:
         """Give the transfer up."""
@@ -70,30 +71,33 @@ class KVSender:
         index = 0
         try:
             while True:
-                item = await sending.pieces.get()
+                item = await sending.items.get()
                 if isinstance(item, HandoffTrailer):
                     await self._send(sending.target, index, PieceKind.TRAILER, CODEC.encode(item))
                     return
-                await self._send_export(sending.target, index, item)
-                index += 1
+                for run in _runs(item, sending.target.first_block):
+                    await self._send_run(sending.target, index, run)
+                    index += 1
         except TransportError:
             await self._transport.forget_peer(sending.target.address)
             raise
         finally:
             self._sending.pop(key, None)
 
-    async def _send_export(self, target: KVTarget, index: int, export: KVExport) -> None:
-        skipped = max(0, target.first_block - export.block_lo)
-        offset = skipped * self._layout.block_bytes(export.layer)
+    async def _send_run(self, target: KVTarget, index: int, run: list[KVExport]) -> None:
+        """One piece: the same blocks of consecutive layers."""
+        first = run[0]
+        skipped = max(0, target.first_block - first.block_lo)
+        parts = [e.data.data[skipped * self._layout.block_bytes(e.layer) :] for e in run]
         await self._send(
             target,
             index,
             PieceKind.KV,
-            export.data.data[offset:],
-            layer=export.layer,
-            block_lo=export.block_lo + skipped,
-            block_hi=export.block_hi,
-            head_hi=self._layout.layers[export.layer].num_kv_heads,
+            parts[0] if len(parts) == 1 else b"".join(parts),
+            layer=first.layer,
+            block_lo=first.block_lo + skipped,
+            block_hi=first.block_hi,
+            head_hi=self._layout.layers[first.layer].num_kv_heads,
         )
 
     async def _send(
@@ -119,3 +123,22 @@ class KVSender:
             kind=kind,
         )
         await self._transport.send(target.address, header, payload, timeout_s=self._piece_timeout_s)
+
+
+def _runs(exports: list[KVExport], first_block: int) -> list[list[KVExport]]:
+    """Exports that fit into one piece each: consecutive layers, the same blocks."""
+    runs: list[list[KVExport]] = []
+    for export in exports:
+        if export.block_hi <= first_block:
+            continue
+        last = runs[-1][-1] if runs else None
+        blocks = (export.block_lo, export.block_hi)
+        if (
+            last is not None
+            and export.layer == last.layer + 1
+            and blocks == (last.block_lo, last.block_hi)
+        ):
+            runs[-1].append(export)
+        else:
+            runs.append([export])
+    return runs

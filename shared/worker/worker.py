@@ -41,6 +41,9 @@ from shared.worker.store_client import StoreClient
 log = logging.getLogger(__name__)
 
 ENGINE_STOP_S = 5.0
+EXPORT_BYTES = 1 << 20
+"""KV is handed to the loop in portions of at least this size, or once a step: waking the loop for
+every small layer would take the interpreter from the engine for more than the overlap is worth."""
 GIL_SWITCH_S = 0.0005
 """The loop and the engine's thread share the interpreter: with Python's own 5 ms each would wait
 that long for the other, many times a step."""
@@ -68,6 +71,8 @@ class WorkerService(Service):
         self._outputs = OutputLog(ttl_s=settings.output_ttl_s)
         self._attempts = AttemptTable()
         self._to_publish: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
+        self._exports: list[KVExport] = []
+        self._export_bytes = 0
         self._stores = Membership(ttl_s=settings.instance_ttl_s)
 
     # Start and stop
@@ -82,7 +87,7 @@ class WorkerService(Service):
             lambda progress: build_engine(
                 settings.engine_config(), kv_sink=self._from_engine_kv, on_progress=progress
             ),
-            on_output=lambda output: self._in_loop(self._on_step, output),
+            on_output=self._from_engine_step,
             on_fatal=lambda error: runtime.fail(error, "engine"),
             on_progress=lambda what, fraction: log.info(
                 "%s", what, extra={"fraction": round(fraction, 2)}
@@ -172,7 +177,19 @@ class WorkerService(Service):
         self._loop.call_soon_threadsafe(function, *arguments)
 
     def _from_engine_kv(self, export: KVExport) -> None:
-        self._in_loop(self._executor.on_export, export)
+        self._exports.append(export)
+        self._export_bytes += export.data.nbytes
+        if self._export_bytes >= EXPORT_BYTES:
+            self._flush_exports()
+
+    def _flush_exports(self) -> None:
+        if self._exports:
+            self._in_loop(self._executor.on_exports, self._exports)
+            self._exports, self._export_bytes = [], 0
+
+    def _from_engine_step(self, output: StepOutput) -> None:
+        self._flush_exports()
+        self._in_loop(self._on_step, output)
 
     def _on_step(self, output: StepOutput) -> None:
         self._meter.on_step(output.stats)

@@ -178,7 +178,7 @@ def _forward(
 
 def test_bf16_runs_and_stays_close(tmp_path: Path) -> None:
     path = write_model(tmp_path / "bf16", FAMILIES["llama-gqa"], dtype=torch.bfloat16)
-    engine = make_engine(path, dtype="auto")
+    engine = make_engine(path, dtype="bf16")
     assert engine.spec.dtype == engine.layout.dtype == "bf16"
     prompt = random_prompt(30, seed=3)
     tokens = run(engine, make_request("a", prompt))["a"]

@@ -6,6 +6,7 @@ import os
 import random
 import ssl
 import subprocess
+import sys
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack
@@ -16,8 +17,13 @@ import pytest
 
 from shared.errors import ChecksumMismatch, PeerGone, ProtocolError, TransferTimeout
 from shared.transport.base import PieceKind, TransferIds, Transport
+from shared.transport.checksum import checksum
 from shared.transport.factory import create_transport
+from shared.transport.frames import FrameConnection, FrameType
+from shared.transport.links import MEMORY_ADDRESS
 from shared.transport.memory import MemoryFabric
+from shared.transport.peering import Address, Greeting
+from shared.transport.pull import OwnMemory
 from shared.transport.tcp import TcpTransport
 from tests.integration.transport_peer import (
     CONNECTED_KINDS,
@@ -462,6 +468,56 @@ async def test_whoever_does_not_know_the_secret_stays_outside(world: World) -> N
     with pytest.raises(PeerGone):
         await here.send(stranger, header_of(world.ids.next(), 0), b"x", timeout_s=LONG_S)
     await _exchange(here, peer, world.ids, 1)
+
+
+class ByHand:
+    """The sending end of a link, frame by frame."""
+
+    def __init__(self) -> None:
+        self.connection = FrameConnection(self)
+        self.frames: asyncio.Queue[tuple[FrameType, bytes]] = asyncio.Queue()
+
+    def on_made(self) -> None:
+        pass
+
+    def on_frame(self, kind: FrameType, transfer_id: int, piece: int, body: memoryview) -> None:
+        self.frames.put_nowait((kind, bytes(body)))
+
+    def data_target(self, transfer_id: int, piece: int, nbytes: int) -> memoryview:
+        raise AssertionError("a sender gets no data")
+
+    def on_data(self, transfer_id: int, piece: int, nbytes: int) -> None:
+        raise AssertionError("a sender gets no data")
+
+    def on_lost(self, reason: str) -> None:
+        pass
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pulling is done on Linux only")
+async def test_memory_that_cannot_be_pulled_is_streamed() -> None:
+    async with AsyncExitStack() as stack:
+        world = World("tcp-pull", stack)
+        here = await world.here()
+        address = Address.decode(here.address, "tcp")
+        memory, sender = OwnMemory(), ByHand()
+        await asyncio.get_running_loop().create_connection(
+            lambda: sender.connection, address.host, address.port
+        )
+        greeting = Greeting(token=address.token, sender=b"by hand", memory_card=memory.card)
+        sender.connection.send_control(FrameType.GREETING, body=greeting.encode())
+        kind, body = await sender.frames.get()
+        assert kind is FrameType.GREETING
+        assert Greeting.decode(body, address.token).can_pull
+        for nbytes in (BIG, 5 * BIG):
+            transfer_id, payload = world.ids.next(), payload_of(1, nbytes)
+            header = header_of(transfer_id, 0).sealed(nbytes, checksum(payload))
+            nowhere = MEMORY_ADDRESS.pack(8)
+            sender.connection.send_control(FrameType.OFFER, transfer_id, 0, header.pack() + nowhere)
+            receiving = start(here.receive(transfer_id, 0, timeout_s=LONG_S))
+            assert await sender.frames.get() == (FrameType.ACCEPT, b"")
+            await sender.connection.send(FrameType.DATA, transfer_id, 0, payload)
+            assert bytes((await receiving).payload) == payload
+        sender.connection.close("done")
 
 
 @pytest.mark.skipif(not HAS_UCX, reason="needs ucxx, which is not installed")

@@ -1,6 +1,7 @@
 """Headers and ids of pieces."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -99,7 +100,7 @@ def test_what_is_no_header_is_refused(data: bytes) -> None:
         {"layer": -1},
     ],
 )
-def test_a_header_that_does_not_fit_is_a_mistake(change: dict[str, int]) -> None:
+def test_a_header_that_does_not_fit_is_a_mistake(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"transfer id|not in|fit"):
         dataclasses.replace(EXAMPLE, **change).pack()
 
