@@ -1,7 +1,9 @@
 """What holds for every test: a clean environment, one torch thread, no GPU unless there is one."""
 
 import importlib.util
+import logging
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -18,6 +20,25 @@ def pytest_configure(config: pytest.Config) -> None:
     # Speed is not what a property test is about, and a busy machine would fail it.
     hypothesis.settings.register_profile("banyan", deadline=None)
     hypothesis.settings.load_profile("banyan")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """What a test configures of logging is gone with it."""
+    root = logging.getLogger()
+    handlers, level, disabled = list(root.handlers), root.level, root.manager.disable
+    levels = {name: known.level for name, known in _loggers().items()}
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.disable(disabled)
+    for name, known in _loggers().items():
+        known.setLevel(levels.get(name, logging.NOTSET))
+
+
+def _loggers() -> dict[str, logging.Logger]:
+    known = logging.Logger.manager.loggerDict
+    return {name: item for name, item in known.items() if isinstance(item, logging.Logger)}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

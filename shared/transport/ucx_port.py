@@ -14,13 +14,13 @@ _BUDGET_S = 0.001
 _SPIN_S = 20e-6
 """How long to look for the next fragment before going to sleep; waking up costs more."""
 
-_PATIENCE_S = 0.0005
-"""How long a sender that waits for room at the receiver looks for it in every turn of the loop."""
+_PATIENCE_S = 0.0003
+"""How long a sender that waits for room at the receiver looks for it in every turn of the loop.
+A receiver that has a core to itself empties its inbox in this time."""
 
-_BACKOFF = 0.1
-_MAX_BACKOFF_S = 0.016
-"""Then it looks after a tenth of the time that nothing has moved, at most after this: UCX has no
-event for "there is room", and a peer that is frozen must not cost a core."""
+_BACKOFF_S = (0.001, 0.016)
+"""How often it looks after that, less often the longer nothing moves: UCX has no event for "there is
+room", the receiver may need this very core, and one that is frozen must not cost one."""
 
 
 class Operation:
@@ -192,7 +192,8 @@ class UcxPort:
             if idle_s < _PATIENCE_S:
                 self._scheduled = self._loop.call_soon(self._turn)
             else:
-                delay_s = min(_BACKOFF * idle_s, _MAX_BACKOFF_S)
+                shortest_s, longest_s = _BACKOFF_S
+                delay_s = min(max(idle_s / 8, shortest_s), longest_s)
                 self._scheduled = self._loop.call_later(delay_s, self._turn)
                 self._is_backing_off = True
 

@@ -26,7 +26,7 @@ from tests.integration.bus_rig import until
 from tests.integration.service_rig import MemoryWorld, World, open_world
 
 LAYOUT = "model/bf16-b64-2x2x64"
-LAYER_BYTES = (8192, 10_000)
+LAYER_BYTES = (24_576, 30_000)
 """One layer of whole checksum rows and one that is not; both larger than what travels inline."""
 BLOCK_BYTES = sum(LAYER_BYTES)
 TIMEOUT_S = 10.0
