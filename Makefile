@@ -28,8 +28,12 @@ format: $(STAMP) ## put the source into its form
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## run the benchmarks
-	@$(BIN)/banyan bench $(ARGS)
+bench: $(STAMP) ## run the short benchmarks, each prints JSON (minutes; an idle machine)
+	@$(BIN)/python -m bench.ttft
+	@$(BIN)/python -m bench.engine --model models/tiny-chat
+	@$(BIN)/python -m bench.micro.bus
+	@$(BIN)/python -m bench.micro.transport
+	@$(BIN)/python -m bench.micro.tokenizer
 
 docs: $(STAMP) ## regenerate the pages that are made from the source
 	@$(BIN)/python docs/generate.py
