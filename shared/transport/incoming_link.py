@@ -157,6 +157,9 @@ class IncomingLink(Link):
         reading.add_done_callback(self._readings.discard)
         try:
             await asyncio.shield(reading)
+        except OSError:
+            pull.check()  # a sender that has given up may have freed the memory
+            raise
         except asyncio.CancelledError:
             pull.is_abandoned = True
             pull.stop(TransferTimeout("nobody waits any more"))

@@ -19,8 +19,8 @@ _PATIENCE_S = 0.0003
 A receiver that has a core to itself empties its inbox in this time."""
 
 _BACKOFF_S = (0.001, 0.016)
-"""How often it looks after that, less often the longer nothing moves: UCX has no event for "there is
-room", the receiver may need this very core, and one that is frozen must not cost one."""
+"""How often it looks after that, less often the longer nothing moves: UCX has no event for "there
+is room", the receiver may need this very core, and one that is frozen must not cost one."""
 
 
 class Operation:
