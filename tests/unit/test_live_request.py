@@ -96,7 +96,7 @@ def test_news_about_an_old_attempt_do_not_change_the_instances() -> None:
     live = live_request()
     live.on_lost(0)
     live.on_placed(0, ("gone",), 0.1)
-    assert live.instances == ()
+    assert not live.instances
     live.on_placed(1, ("d",), 0.2)
     assert live.instances == ("d",)
 

@@ -31,7 +31,8 @@ def example(kind: object) -> object:
         if dataclasses.is_dataclass(kind) or issubclass(kind, msgspec.Struct):
             return kind(**{n: example(t) for n, t in typing.get_type_hints(kind).items()})
         if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-            return kind(*(example(t) for t in typing.get_type_hints(kind).values()))
+            make: typing.Any = kind
+            return make(*(example(t) for t in typing.get_type_hints(kind).values()))
         simple = {int: 7, float: 0.5, str: "text", bytes: b"\x00\xff", bool: True}
         return simple[kind]
     raise TypeError(kind)
