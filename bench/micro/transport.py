@@ -52,7 +52,7 @@ NUM_ROUND_TRIPS = 400
 TIMEOUT_S = 30.0
 
 OURS: dict[str, Callable[[bool], Transport]] = {
-    "pull": lambda verify: TcpTransport(verify=verify),
+    "pull": lambda verify: TcpTransport(verify=verify, pull=True),
     "ucx": lambda verify: UcxTransport(verify=verify, pull=False),
     "tcp": lambda verify: TcpTransport(verify=verify, pull=False),
 }

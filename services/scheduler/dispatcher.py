@@ -16,6 +16,10 @@ from shared.messages.workers import StartItem
 
 log = logging.getLogger(__name__)
 
+APART_ATTEMPTS = 3
+"""From this attempt on a request stays on one instance: where the data plane between two of them is
+broken, answers are slower but they come."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatchHooks:
@@ -105,7 +109,8 @@ class Dispatcher:
         """Route a batch on what is known now, and place it in the background."""
         placed = []
         for entry in entries:
-            decode = prefill if not pools.is_disaggregated else self._route(entry, pools)
+            is_apart = pools.is_disaggregated and entry.request.attempt < APART_ATTEMPTS
+            decode = self._route(entry, pools) if is_apart else prefill
             if decode is None:
                 self._retry_later(entry)
                 continue

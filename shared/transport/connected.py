@@ -44,15 +44,15 @@ class ConnectedTransport(Transport):
         advertise_host: str | None = None,
         server_ssl: ssl.SSLContext | None = None,
         client_ssl: ssl.SSLContext | None = None,
-        pull: bool = True,
+        pull: bool = False,
         **options: Any,
     ) -> None:
         """Make a transport that listens on ``host``; 0 is any free port.
 
         ``advertise_host`` is what peers are told to dial: by default ``host``, or this machine's
         own name when bound to all interfaces. ``pull``: let peers on this machine read payloads
-        from this process's memory, and read theirs (see ``pull``); not with TLS, through which
-        all bytes are meant to go. ``options`` are those of ``Transport``.
+        from this process's memory, and read theirs, instead of sending them (see ``pull``); not
+        with TLS, through which all bytes are meant to go. ``options`` are those of ``Transport``.
         """
         super().__init__(**options)
         self.name = self.kind

@@ -24,6 +24,7 @@ def create_transport(
     port: int = 0,
     advertise_host: str | None = None,
     verify: bool = True,
+    pull: bool = False,
     server_ssl: ssl.SSLContext | None = None,
     client_ssl: ssl.SSLContext | None = None,
     fabric: MemoryFabric | None = None,
@@ -31,7 +32,8 @@ def create_transport(
     """A transport, still to be started.
 
     ``auto`` is UCX where it works and TCP elsewhere or with TLS; the two understand each other, so
-    that one process without ucxx does no harm. ``memory`` needs its ``fabric``. Finding out whether
+    that one process without ucxx does no harm. With ``pull`` peers on one machine read payloads
+    straight from each other's memory. ``memory`` needs its ``fabric``. Finding out whether
     UCX works imports it, which takes about 0.6 s.
 
     Raises ``TransportError`` if ``ucx`` is asked for and does not work, ``ValueError`` for settings
@@ -47,12 +49,15 @@ def create_transport(
     if kind == "ucx" or (kind == "auto" and not wants_tls and _does_ucx_work(host)):
         from shared.transport.ucx import UcxTransport
 
-        return UcxTransport(host=host, port=port, advertise_host=advertise_host, verify=verify)
+        return UcxTransport(
+            host=host, port=port, advertise_host=advertise_host, verify=verify, pull=pull
+        )
     return TcpTransport(
         host=host,
         port=port,
         advertise_host=advertise_host,
         verify=verify,
+        pull=pull,
         server_ssl=server_ssl,
         client_ssl=client_ssl,
     )

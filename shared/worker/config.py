@@ -30,6 +30,8 @@ class WorkerSettings(ServiceSettings):
 
     transport: Literal["auto", "ucx", "tcp"] = "auto"
     transport_host: str = "127.0.0.1"
+    transport_pull: bool = False
+    """Let workers on one host read KV from each other's memory instead of sending it."""
     transfer_timeout_s: float = Field(default=10.0, gt=0)
     """Deadline of one piece of a KV transfer."""
     use_kvstore: bool = True

@@ -5,7 +5,7 @@ import concurrent.futures
 
 from shared.core.request import RequestKey
 from shared.engine.thread import EngineThread
-from shared.errors import ProtocolError
+from shared.errors import ProtocolError, TransferTimeout
 from shared.messages import CODEC
 from shared.messages.workers import HandoffTrailer
 from shared.transport.base import Piece, PieceKind, Transport
@@ -26,18 +26,30 @@ async def receive_kv(
     owner. Raises ``TransportError`` (deadline, checksum, peer), ``ProtocolError``, or what the
     engine says of a piece that does not fit.
     """
-    imports: list[concurrent.futures.Future[None]] = []
-    async with asyncio.timeout(timeout_s):
-        index = 0
-        while True:
-            piece = await transport.receive(transfer_id, index, timeout_s=timeout_s)
-            if piece.header.kind is not PieceKind.KV:
-                break
-            imports.append(_import(engine, key, piece))
-            index += 1
-        await asyncio.gather(*(asyncio.wrap_future(done) for done in imports))
+    try:
+        async with asyncio.timeout(timeout_s):
+            piece = await _receive_all(transport, engine, key, transfer_id, timeout_s)
+    except BaseException as error:
+        transport.discard(transfer_id)
+        if isinstance(error, TimeoutError):
+            raise TransferTimeout(f"not complete after {timeout_s} s") from error
+        raise
     if piece.header.kind is not PieceKind.TRAILER:
         raise ProtocolError(f"transfer {transfer_id} was aborted by its sender")
+    return piece
+
+
+async def _receive_all(
+    transport: Transport, engine: EngineThread, key: RequestKey, transfer_id: int, timeout_s: float
+) -> Piece:
+    """Import piece after piece; returns the first that is no KV, with all imports done."""
+    imports: list[concurrent.futures.Future[None]] = []
+    while True:
+        piece = await transport.receive(transfer_id, len(imports), timeout_s=timeout_s)
+        if piece.header.kind is not PieceKind.KV:
+            break
+        imports.append(_import(engine, key, piece))
+    await asyncio.gather(*(asyncio.wrap_future(done) for done in imports))
     return piece
 
 

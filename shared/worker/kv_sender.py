@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from shared.core.request import RequestKey
 from shared.engine.outputs import KVExport
-from shared.errors import TransportError
+from shared.errors import PeerGone
 from shared.kvcache.layout import KVLayout
 from shared.messages import CODEC
 from shared.messages.workers import HandoffTrailer, KVTarget
@@ -78,7 +78,8 @@ class KVSender:
                 for run in _runs(item, sending.target.first_block):
                     await self._send_run(sending.target, index, run)
                     index += 1
-        except TransportError:
+        except PeerGone:
+            # A deadline alone says nothing about the peer's other transfers; this does.
             await self._transport.forget_peer(sending.target.address)
             raise
         finally:

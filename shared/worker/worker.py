@@ -51,7 +51,9 @@ that long for the other, many times a step."""
 
 def open_transport(settings: WorkerSettings) -> Transport:
     """The transport that the settings name."""
-    return create_transport(settings.transport, host=settings.transport_host)
+    return create_transport(
+        settings.transport, host=settings.transport_host, pull=settings.transport_pull
+    )
 
 
 class WorkerService(Service):

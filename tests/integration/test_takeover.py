@@ -142,7 +142,14 @@ class Rig:
 
 @pytest.fixture(params=["memory", "real"])
 async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Rig]:
-    async with open_world(request.param, tmp_path) as world, contextlib.AsyncExitStack() as stack:
+    async with open_world(request.param, tmp_path) as world, rig_of(world) as made:
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def rig_of(world: World, *, decode_world: World | None = None) -> AsyncIterator[Rig]:
+    """The rig in ``world``; the decode worker's data plane may be another world's."""
+    async with contextlib.AsyncExitStack() as stack:
         bus = await world.bus()
         settings = GatewaySettings.load(instance="gate-1", silence_s=0.3, model=str(BUNDLED))
         tracker = RequestTracker(
@@ -153,18 +160,34 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[R
         made = Rig(world, bus, tracker)
         await bus.subscribe(subjects.all_load(), made.hear)
         shared = {"open_bus": world.open_bus, "make_transport": lambda _: world.new_transport()}
+        far = decode_world or world
+        apart = {"open_bus": world.open_bus, "make_transport": lambda _: far.new_transport()}
         prefill = PrefillSettings.load(instance="prefill-1", **WORKER, **world.settings())
         decode = DecodeSettings.load(instance="decode-1", **WORKER, **world.settings())
         await stack.enter_async_context(
             world.running(PrefillService(prefill, **shared), prefill)  # type: ignore[arg-type]
         )
         await stack.enter_async_context(
-            world.running(DecodeService(decode, **shared), decode)  # type: ignore[arg-type]
+            world.running(DecodeService(decode, **apart), decode)  # type: ignore[arg-type]
         )
         await made.until(lambda: len(made.reports) == 2)
         yield made
         running.cancel()
         await asyncio.wait([running])
+
+
+async def test_a_broken_data_plane_does_not_stop_answers(tmp_path: Path) -> None:
+    """The two workers cannot reach each other: after some attempts one serves alone."""
+    async with (
+        open_world("memory", tmp_path) as world,
+        open_world("memory", tmp_path) as other,
+        rig_of(world, decode_world=other) as rig,
+        rig.real_leader(),
+    ):
+        tokens = await collect(await rig.submit())
+        assert len(tokens) == NUM_TOKENS
+        await rig.tracker.idle()
+        await rig.all_blocks_are_free()
 
 
 async def collect(stream: TokenStream) -> list[int]:
