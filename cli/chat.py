@@ -27,7 +27,7 @@ class ChatRequest:
     model: str | None = None
     system: str | None = None
     max_tokens: int | None = None
-    temperature: float | None = None
+    temperature: float = 0.3
     api_key: str | None = None
     as_json: bool = False
 
@@ -78,11 +78,10 @@ class Conversation:
             "messages": self._messages,
             "stream": True,
             "stream_options": {"include_usage": True},
+            "temperature": self._request.temperature,
         }
         if self._request.max_tokens is not None:
             body["max_tokens"] = self._request.max_tokens
-        if self._request.temperature is not None:
-            body["temperature"] = self._request.temperature
         with (
             _explained(self._request.url),
             self._http.stream("POST", "/v1/chat/completions", json=body) as response,

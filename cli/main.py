@@ -166,8 +166,8 @@ def chat(
         int | None, typer.Option("--max-tokens", min=1, help="Longest answer in tokens.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest.")
-    ] = None,
+        float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest.")
+    ] = 0.3,
     api_key: Annotated[
         str | None,
         typer.Option("--api-key", envvar="BANYAN_API_KEY", help="If the gateway asks for one."),

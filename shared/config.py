@@ -20,9 +20,16 @@ import os
 import re
 import secrets
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
@@ -41,6 +48,16 @@ BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny-chat"
 _MASK = "**********"
 _SECRET_NAME = re.compile(r"password|secret|token$|api_key|private_key", re.IGNORECASE)
 _URL_USERINFO = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/@\s]+@", re.IGNORECASE)
+
+
+def _is_a_directory(value: str) -> str:
+    if not Path(value).is_dir():
+        raise ValueError("must be a directory (a Hub id is fetched by `banyan up` before)")
+    return value
+
+
+ModelDirectory = Annotated[str, AfterValidator(_is_a_directory)]
+"""The model of a service that reads its files itself."""
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 

@@ -1,17 +1,17 @@
 """Settings of the gateway (``BANYAN_GATEWAY_…``)."""
 
-from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from shared.config import ServiceSettings
+from shared.config import BUNDLED_MODEL, ModelDirectory, ServiceSettings
 
 
 class GatewaySettings(ServiceSettings):
     """What the gateway can be told."""
 
     service: ClassVar[str] = "gateway"
+    model: ModelDirectory = str(BUNDLED_MODEL)
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -33,10 +33,3 @@ class GatewaySettings(ServiceSettings):
     """How long an accepted request outlives a suite without scheduler."""
     close_timeout_s: float = Field(default=30.0, gt=0)
     instance_ttl_s: float = Field(default=2.0, gt=0)
-
-    @field_validator("model")
-    @classmethod
-    def _is_a_directory(cls, value: str) -> str:
-        if not Path(value).is_dir():
-            raise ValueError("must be a directory (a Hub id is fetched by `banyan up` before)")
-        return value

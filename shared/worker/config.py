@@ -1,11 +1,10 @@
 """Settings of a worker (``BANYAN_PREFILL_…``, ``BANYAN_DECODE_…``)."""
 
-from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from shared.config import ServiceSettings
+from shared.config import BUNDLED_MODEL, ModelDirectory, ServiceSettings
 from shared.engine.config import EngineConfig
 
 
@@ -13,6 +12,7 @@ class WorkerSettings(ServiceSettings):
     """What a prefill or decode worker can be told; ``role`` is the service's name."""
 
     service: ClassVar[str] = "worker"
+    model: ModelDirectory = str(BUNDLED_MODEL)
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"
@@ -42,13 +42,6 @@ class WorkerSettings(ServiceSettings):
     """How long an output is kept for a gateway that has not acknowledged it."""
     report_period_s: float = Field(default=0.1, gt=0)
     instance_ttl_s: float = Field(default=2.0, gt=0)
-
-    @field_validator("model")
-    @classmethod
-    def _is_a_directory(cls, value: str) -> str:
-        if not Path(value).is_dir():
-            raise ValueError("must be a directory (a Hub id is fetched by `banyan up` before)")
-        return value
 
     def engine_config(self) -> EngineConfig:
         """The part that is the engine's."""

@@ -82,7 +82,7 @@ def test_what_was_not_asked_for_is_left_to_the_gateway() -> None:
     conversation(gateway, ChatRequest(url=URL, model="mine")).ask("?", lambda text: None)
     assert gateway.bodies[0]["model"] == "mine"
     assert "max_tokens" not in gateway.bodies[0]
-    assert "temperature" not in gateway.bodies[0]
+    assert gateway.bodies[0]["temperature"] == 0.3
 
 
 def error(status: int, message: str, **headers: str) -> httpx.Response:
