@@ -8,7 +8,7 @@ from services.gateway.generation import Unserved
 from services.gateway.live_request import LiveRequest
 from shared.bus.base import Bus
 from shared.clock import Clock
-from shared.errors import BusError, ProtocolError, Refused
+from shared.errors import BusError, NoResponder, ProtocolError, Refused
 from shared.messages import subjects
 from shared.messages.requests import (
     CloseRequest,
@@ -34,15 +34,15 @@ class LeaderClient:
 
     async def submit(
         self, live: LiveRequest, model: str, *, give_up_s: float, is_resend: bool = False
-    ) -> SubmitReply:
+    ) -> SubmitReply | None:
         """Tell the leader of the current attempt until it answers.
 
-        Raises ``Refused`` at once when refused and ``Unserved`` after ``give_up_s`` without a
-        leader.
+        ``None`` if the request has ended meanwhile. Raises ``Refused`` at once when refused and
+        ``Unserved`` after ``give_up_s`` without a leader.
         """
         began_s = self._clock.now_s()
         pause_s = FIRST_RETRY_S
-        while True:
+        while not live.is_terminal:
             now_s = self._clock.now_s()
             message = SubmitRequest(
                 model=model,
@@ -58,7 +58,6 @@ class LeaderClient:
                     SubmitReply,
                     timeout_s=self._settings.submit_timeout_s,
                 )
-                break
             except (BusError, ProtocolError) as error:
                 if self._clock.now_s() - began_s > give_up_s:
                     raise Unserved(
@@ -66,12 +65,14 @@ class LeaderClient:
                         retry_after_s=LAST_RETRY_S,
                     ) from error
                 # An attempt that got no answer may have been taken nevertheless.
-                is_resend = True
+                is_resend = is_resend or not isinstance(error, NoResponder)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LAST_RETRY_S)
-        if reply.status is SubmitStatus.REFUSED:
-            raise Refused(reply.reason, retry_after_s=reply.retry_after_s)
-        return reply
+                continue
+            if reply.status is SubmitStatus.REFUSED:
+                raise Refused(reply.reason, retry_after_s=reply.retry_after_s)
+            return reply
+        return None
 
     async def close(self, model: str, live: LiveRequest) -> None:
         """Say that the request is over; if nobody hears it, the leader's audits will find out."""

@@ -35,7 +35,7 @@ class LiveRequest:
         self.instances: tuple[str, ...] = ()
         self.num_cached_tokens = 0
         self.num_failures = 0
-        self.last_progress_s = accepted_s
+        self.fruitless_since_s = accepted_s
         self.num_fruitless = 0
         """Attempts lost in a row without a new token."""
         self.num_unknown = 0
@@ -88,13 +88,15 @@ class LiveRequest:
         self.instances = instances
         self.lifecycle.apply(RequestEvent.PLACE)
 
-    def on_lost(self, attempt: int) -> bool:
+    def on_lost(self, attempt: int, now_s: float) -> bool:
         """``attempt`` is over without an end; returns whether a next one must be submitted."""
         if attempt != self.attempt or self.is_terminal or self.state is RequestState.CANCELLING:
             return False
         if self.state is not RequestState.RECEIVED:
             self.lifecycle.apply(RequestEvent.LOSE)
         self.attempt += 1
+        if not self.num_fruitless:
+            self.fruitless_since_s = now_s
         self.num_fruitless += 1
         self.num_unknown = 0
         self.instances = ()
@@ -125,7 +127,6 @@ class LiveRequest:
             return Progress(has_gap=True)
         progress = self._take(delta)
         if progress.token_ids:
-            self.last_progress_s = now_s
             self.num_fruitless = 0
         return progress
 

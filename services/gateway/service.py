@@ -83,6 +83,7 @@ class GatewayService(Service):
         )
         self._server = _Server(config)
         runtime.spawn(self._tracker.run(), name="tracker")
+        runtime.spawn(suite.run(), name="suite")
         runtime.spawn(self._reporter.run(), name="reports")
         self._serving = runtime.spawn(self._server.serve([self._socket]), name="http")
         log.info("listening on %s", self.url)

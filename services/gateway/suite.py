@@ -1,5 +1,6 @@
 """What the gateway must know of the rest of the suite: whether anybody serves the model."""
 
+import asyncio
 from collections.abc import Callable
 
 from services.gateway.config import GatewaySettings
@@ -9,6 +10,8 @@ from shared.core.membership import Membership
 from shared.messages import subjects
 from shared.messages.base import Message
 from shared.messages.load import InstanceExited, InstanceState, ServiceReport, WorkerReport
+
+TICK_S = 0.2
 
 
 class Suite:
@@ -25,14 +28,24 @@ class Suite:
 
     async def start(self, bus: Bus) -> None:
         """Begin to listen."""
+        bus.add_reconnect_listener(self._on_reconnect)
         for role in ("prefill", "decode", "scheduler"):
             await bus.subscribe(subjects.load_of_role(role), self._on_report)
 
+    async def run(self) -> None:
+        """Notice who falls silent. Runs until cancelled."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            now_s = self._clock.now_s()
+            self._workers.expired(now_s)
+            self._leaders.expired(now_s)
+
+    async def _on_reconnect(self) -> None:
+        self._workers.on_reconnect(self._clock.now_s())
+        self._leaders.on_reconnect(self._clock.now_s())
+
     def missing(self) -> str | None:
         """Why the model cannot be served now, or ``None``."""
-        now_s = self._clock.now_s()
-        self._workers.expired(now_s)
-        self._leaders.expired(now_s)
         if not self._leaders.instances:
             return "no scheduler leads"
         if not self._workers.instances:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Coroutine
+from enum import Enum, auto
 from typing import Any
 
 from services.gateway.config import GatewaySettings
@@ -22,7 +23,7 @@ from shared.bus.base import Bus
 from shared.clock import Clock
 from shared.core.lifecycle import RequestEvent, RequestState
 from shared.core.request import FinishReason, Request, RequestKey
-from shared.errors import BusError, ProtocolError, Refused, RequestFailed
+from shared.errors import BusError, NoResponder, ProtocolError, Refused, RequestFailed
 from shared.messages import subjects
 from shared.messages.base import Message
 from shared.messages.requests import (
@@ -46,6 +47,14 @@ log = logging.getLogger(__name__)
 
 MAX_UNKNOWN = 3
 """Inquiries in a row that no instance could answer, after which an attempt is given up."""
+
+
+class Found(Enum):
+    """Whether an instance is at an attempt; ``UNSURE`` if one did not answer in time."""
+
+    YES = auto()
+    NO = auto()
+    UNSURE = auto()
 
 
 class Tracked:
@@ -141,11 +150,12 @@ class RequestTracker:
 
     async def _submit(
         self, tracked: Tracked, *, give_up_s: float, is_resend: bool = False
-    ) -> SubmitReply:
+    ) -> SubmitReply | None:
         reply = await self._leader.submit(
             tracked.live, tracked.model, give_up_s=give_up_s, is_resend=is_resend
         )
-        self._on_submit_reply(tracked, reply)
+        if reply is not None:
+            self._on_submit_reply(tracked, reply)
         return reply
 
     def _on_submit_reply(self, tracked: Tracked, reply: SubmitReply) -> None:
@@ -164,7 +174,7 @@ class RequestTracker:
     def _on_lost(self, tracked: Tracked, attempt: int, reason: str) -> None:
         """Go on with the next attempt from the prompt and what was emitted."""
         live = tracked.live
-        if not live.on_lost(attempt):
+        if not live.on_lost(attempt, self._clock.now_s()):
             return
         self._counters.lost.inc()
         log.info(
@@ -187,9 +197,9 @@ class RequestTracker:
         Attempts that are lost one after the other come slower and slower, and not for ever.
         """
         live = tracked.live
-        deadline_s = max(live.last_progress_s, self._clock.now_s()) + self._settings.max_outage_s
+        deadline_s = self._clock.now_s() + self._settings.max_outage_s
         if live.num_fruitless > 1:
-            deadline_s = live.last_progress_s + self._settings.max_outage_s
+            deadline_s = live.fruitless_since_s + self._settings.max_outage_s
             if self._clock.now_s() > deadline_s:
                 self._fail(tracked, f"{live.num_fruitless} attempts were lost in a row")
                 return
@@ -298,7 +308,7 @@ class RequestTracker:
                 tracked = self._tracked.get(message.request_id)
                 if tracked is not None:
                     self._on_lost(tracked, message.attempt, message.reason)
-            case LeaderChanged():
+            case LeaderChanged(model=self._settings.served_model_name):
                 log.info("%s leads, epoch %d", message.scheduler, message.leader_epoch)
                 for tracked in tuple(self._tracked.values()):
                     if tracked.live.state is not RequestState.RECEIVED:
@@ -310,9 +320,11 @@ class RequestTracker:
         )
 
     async def _on_reconnect(self) -> None:
-        """Tokens may have been missed: ask after everything."""
+        """Tokens, and the word of a new leader, may have been missed: ask after everything."""
         for tracked in tuple(self._tracked.values()):
             self._ask_after(tracked)
+            if tracked.live.state is not RequestState.RECEIVED:
+                self._resubmit(tracked, is_resend=True)
 
     # Asking again
 
@@ -334,15 +346,17 @@ class RequestTracker:
                 await asyncio.sleep(delay_s)
                 if not tracked.live.has_gap:
                     return
-            if not await self._ask_instances(tracked):
-                await self._ask_leader(tracked)
+            found = await self._ask_instances(tracked)
+            if found is not Found.YES:
+                await self._ask_leader(tracked, is_unknown=found is Found.NO)
         finally:
             tracked.inquiry = None
 
-    async def _ask_instances(self, tracked: Tracked) -> bool:
-        """Fetch what was missed; returns whether some instance is at it."""
+    async def _ask_instances(self, tracked: Tracked) -> Found:
+        """Fetch what was missed; says whether some instance is at it."""
         live = tracked.live
         attempt = live.attempt
+        found = Found.NO
         for instance in live.instances:
             question = TokensSince(
                 request_id=live.request_id, attempt=attempt, offset=len(live.output_token_ids)
@@ -356,21 +370,23 @@ class RequestTracker:
                 )
             except (BusError, ProtocolError) as error:
                 log.debug("%s cannot be asked: %s", instance, error)
+                if not isinstance(error, NoResponder):
+                    found = Found.UNSURE  # busy, perhaps; whether it lives the leader judges
                 continue
             if live.is_terminal or live.attempt != attempt:
-                return True
+                return Found.YES
             if reply.delta is not None:
                 self._counters.refetched.inc(len(reply.delta.token_ids))
                 self._on_delta(instance, reply.delta)
             if live.is_terminal or live.attempt != attempt:
-                return True
+                return Found.YES
             if reply.state is StreamState.RUNNING:
                 live.last_heard_s = self._clock.now_s()
                 live.num_unknown = 0
-                return True
-        return False
+                return Found.YES
+        return found
 
-    async def _ask_leader(self, tracked: Tracked) -> None:
+    async def _ask_leader(self, tracked: Tracked, *, is_unknown: bool) -> None:
         live = tracked.live
         attempt = live.attempt
         try:
@@ -378,12 +394,14 @@ class RequestTracker:
                 tracked, give_up_s=self._settings.max_outage_s, is_resend=True
             )
         except Unserved as error:
-            self._fail(tracked, str(error))
+            if self._clock.now_s() - live.last_heard_s > self._settings.max_outage_s:
+                self._fail(tracked, str(error))
             return
         except Refused:
             self._resubmit(tracked, is_resend=True)
             return
-        if reply.status is SubmitStatus.PLACED and live.attempt == attempt:
+        is_placed = reply is not None and reply.status is SubmitStatus.PLACED
+        if is_unknown and is_placed and live.attempt == attempt:
             live.num_unknown += 1
             if live.num_unknown >= MAX_UNKNOWN:
                 self._on_lost(tracked, attempt, "no instance knows it")

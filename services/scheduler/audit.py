@@ -25,19 +25,28 @@ MISSES = 2
 
 
 class Audit:
-    """Compares the table with the workers' snapshots; ``lose(entry, reason)`` ends an attempt."""
+    """Compares the table with what workers and gateways say they have.
+
+    ``lose(entry, reason)`` ends an attempt, ``forget(entry, reason)`` a request that nobody owns;
+    ``on_done()`` is called after each audit.
+    """
 
     def __init__(
         self,
         commands: WorkerCommands,
         cluster: Cluster,
         table: RequestTable,
+        *,
         lose: Callable[[Entry, str], None],
+        forget: Callable[[Entry, str], None],
+        on_done: Callable[[], None],
     ) -> None:
         self._commands = commands
         self._cluster = cluster
         self._table = table
         self._lose = lose
+        self._forget = forget
+        self._on_done = on_done
         self._strangers: dict[tuple[str, RequestKey], int] = {}
 
     async def run(self, period_s: float) -> None:
@@ -53,6 +62,42 @@ class Audit:
         answered = {s.instance: s for s in snapshots if s is not None}
         self._abort_strangers(answered)
         self._lose_missing(answered)
+        await self._forget_unowned()
+        self._on_done()
+
+    def _repair(
+        self,
+        entry: Entry,
+        asked: list[str],
+        stages: dict[tuple[str, RequestKey], RequestStage],
+    ) -> None:
+        """Learn from the snapshots what lost hints would have said."""
+        at_prefill = stages.get((entry.prefill, entry.key))
+        if entry.prefill in asked and at_prefill is not RequestStage.PREFILL:
+            self._table.leave_batch(entry)
+        if stages.get((entry.decode, entry.key)) in (RequestStage.DECODE, RequestStage.ENDED):
+            entry.has_handed_over = True
+
+    async def _forget_unowned(self) -> None:
+        """Remove requests that their own gateway does not have (any more)."""
+        owned: dict[str, set[str]] = {}
+        for gateway in {entry.gateway for entry in self._table}:
+            try:
+                snapshot = await self._commands.gateway_snapshot(gateway)
+            except (BusError, ProtocolError) as error:
+                log.info("no snapshot of %s: %s", gateway, error)
+                if self._cluster.is_alive(gateway):
+                    continue
+                owned[gateway] = set()
+            else:
+                owned[gateway] = {key.request_id for key in snapshot.requests}
+        for entry in self._table:
+            if entry.gateway not in owned:
+                continue
+            is_owned = entry.request.request_id in owned[entry.gateway]
+            entry.unowned_audits = 0 if is_owned else entry.unowned_audits + 1
+            if entry.unowned_audits >= MISSES:
+                self._forget(entry, "its gateway does not know it")
 
     async def reconcile(self, instance: str) -> None:
         """An instance (re)joined: abort at once whatever it runs that is not wanted there."""
@@ -101,6 +146,7 @@ class Audit:
             if entry.status is not EntryStatus.PLACED:
                 continue
             asked = [name for name in entry.instances if name in answered]
+            self._repair(entry, asked, stages)
             alive = [stages.get((name, entry.key)) in _ALIVE for name in asked]
             # An end that its gateway has not heard of yet is repeated by the decode instance.
             has_ended = stages.get((entry.decode, entry.key)) is RequestStage.ENDED

@@ -10,7 +10,7 @@ from shared.bus.base import Bus
 from shared.core.request import Request, RequestKey
 from shared.errors import BusError, LeaseLost, ProtocolError
 from shared.messages import subjects
-from shared.messages.requests import Done, SnapshotRequest
+from shared.messages.requests import Done, GatewaySnapshot, SnapshotRequest
 from shared.messages.workers import (
     AbortRequests,
     KVReserved,
@@ -87,6 +87,13 @@ class WorkerCommands:
         command = SnapshotRequest(leader_epoch=self._leader_epoch())
         return await self._bus.request(
             subjects.snapshot(instance), command, WorkerSnapshot, timeout_s=self._timeout_s
+        )
+
+    async def gateway_snapshot(self, gateway: str) -> GatewaySnapshot:
+        """Which requests ``gateway`` has."""
+        command = SnapshotRequest(leader_epoch=self._leader_epoch())
+        return await self._bus.request(
+            subjects.snapshot(gateway), command, GatewaySnapshot, timeout_s=self._timeout_s
         )
 
     def abort(self, instances: Iterable[str], keys: Iterable[RequestKey], *, reason: str) -> None:

@@ -16,6 +16,9 @@ from shared.messages.workers import StartItem
 
 log = logging.getLogger(__name__)
 
+PASSING_REFUSALS = ("Overloaded", "Refused", "StaleCommand")
+"""Refusals that a later try may not meet; any other would be met again and again."""
+
 APART_ATTEMPTS = 3
 """From this attempt on a request stays on one instance: where the data plane between two of them is
 broken, answers are slower but they come."""
@@ -123,7 +126,16 @@ class Dispatcher:
             self._table.enter_batch(batch_id, prefill, placed)
             task = asyncio.create_task(self._place(batch_id, prefill, placed, pools))
             self._placements.add(task)
-            task.add_done_callback(self._placements.discard)
+            task.add_done_callback(lambda done: self._on_placement_done(done, placed))
+
+    def _on_placement_done(self, done: asyncio.Task[None], entries: list[Entry]) -> None:
+        self._placements.discard(done)
+        if not done.cancelled() and (error := done.exception()) is not None:
+            # A bug; still nobody may be left between waiting and placed.
+            log.error("placing a batch failed unexpectedly", exc_info=error)
+            for entry in entries:
+                if entry.status is EntryStatus.PLACING:
+                    self._hooks.on_lost(entry, "placing it failed")
 
     def _route(self, entry: Entry, pools: Pools) -> str | None:
         # Pools were drawn before this batch: count what it has itself taken from each worker.
@@ -141,8 +153,9 @@ class Dispatcher:
 
     @staticmethod
     def _num_blocks(entry: Entry, pools: Pools) -> int:
-        block_size = pools.decode[0].report.block_size
-        return -(-entry.request.num_tokens // block_size) + 1
+        report = pools.decode[0].report
+        # An engine lets a request have its whole pool, but no block more.
+        return min(-(-entry.request.num_tokens // report.block_size) + 1, report.num_blocks)
 
     def _retry_later(self, entry: Entry) -> None:
         asyncio.get_running_loop().call_later(self._retry_s, self._requeue, entry)
@@ -154,11 +167,17 @@ class Dispatcher:
             self.enqueue(entry)
 
     async def _place(self, batch_id: int, prefill: str, entries: list[Entry], pools: Pools) -> None:
-        items = await asyncio.gather(*(self._reserve(entry, prefill, pools) for entry in entries))
+        # Entries may be withdrawn before their turn comes: where they were to go is noted now.
+        targets = [entry.decode for entry in entries]
+        items = await asyncio.gather(
+            *(
+                self._reserve(entry, prefill, decode, pools)
+                for entry, decode in zip(entries, targets, strict=True)
+            )
+        )
         started = [item for item in items if item is not None]
         keys = {item.request.key for item in started}
-        wanted = [e for e in entries if e.key in keys and self._table.current(e.key) is e]
-        wanted = [e for e in wanted if e.status is EntryStatus.PLACING]
+        wanted = [e for e in entries if e.key in keys and self._is_placing(e)]
         batch = tuple(i for i in started if any(i.request.key == e.key for e in wanted))
         if not batch:
             self.wake()
@@ -180,9 +199,16 @@ class Dispatcher:
                     entry.status = EntryStatus.PLACED
                     self._hooks.on_placed(entry)
 
-    async def _reserve(self, entry: Entry, prefill: str, pools: Pools) -> StartItem | None:
-        """Reserve at the decode instance; ``None`` when the request goes back to the queue."""
-        decode = entry.decode
+    def _is_placing(self, entry: Entry) -> bool:
+        is_current = self._table.current(entry.key) is entry
+        return is_current and entry.status is EntryStatus.PLACING
+
+    async def _reserve(
+        self, entry: Entry, prefill: str, decode: str, pools: Pools
+    ) -> StartItem | None:
+        """Reserve at the decode instance; ``None`` when the request is not started now."""
+        if not self._is_placing(entry):
+            return None
         if decode == prefill:
             return StartItem(gateway=entry.gateway, request=entry.request)
         try:
@@ -195,8 +221,9 @@ class Dispatcher:
         except RemoteError as error:
             if error.code == "OutOfBlocks":
                 self._cluster.on_blocks_refused(decode)
-            else:
-                log.warning("%s refused a reservation: %s", decode, error)
+            elif error.code not in PASSING_REFUSALS:
+                self._hooks.on_lost(entry, f"{decode}: {error}")
+                return None
             self._leave(entry)
             return None
         except (BusError, ProtocolError) as error:

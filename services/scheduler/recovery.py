@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from shared.core.request import RequestKey
 from shared.messages.workers import HeldRequest, RequestStage, WorkerSnapshot
 
-_DECODING = (RequestStage.DECODE, RequestStage.ENDED)
-
 
 @dataclass(slots=True)
 class FoundAttempt:
@@ -45,7 +43,7 @@ class Findings:
         elif held.stage in (RequestStage.PREFILL, RequestStage.SENDING):
             found.prefill = instance
             found.decode = held.peer or instance
-        elif held.stage in _DECODING:
+        elif held.stage is RequestStage.DECODE or not found.is_running:
             found.decode = instance
             found.prefill = found.prefill or instance
             found.has_handed_over = True

@@ -72,6 +72,7 @@ def capacity_of(pools: Pools, limits: RoutingLimits) -> Capacity:
         ),
         free_decode_blocks=sum(w.free_blocks for w in pools.decode),
         block_size=block_size,
+        pool_blocks=max((w.report.num_blocks for w in pools.decode), default=0),
     )
 
 

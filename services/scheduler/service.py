@@ -141,6 +141,8 @@ class SchedulerService(Service):
         """Find those that fell silent; a tick late by itself judges nobody (Membership)."""
         while True:
             await asyncio.sleep(self._settings.instance_ttl_s / TICKS_PER_TTL)
+            if not self._bus.is_connected:  # nobody can be heard, so nobody is silent
+                self._cluster.membership.on_reconnect(self._clock.now_s())
             for role, instance in self._cluster.expired(self._clock.now_s()):
                 self._gone(role, instance, "fell silent")
 

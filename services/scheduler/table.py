@@ -31,6 +31,7 @@ class Entry:
     has_handed_over: bool = False
     lost_reason: str = ""
     missed_audits: int = 0
+    unowned_audits: int = 0
 
     @property
     def key(self) -> RequestKey:

@@ -6,6 +6,7 @@ only then dispatches; running requests are found, not restarted.
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Coroutine
 from typing import Any
 
@@ -19,11 +20,11 @@ from services.scheduler.predictions import Predictions
 from services.scheduler.recovery import Findings
 from services.scheduler.routing import RoutingLimits
 from services.scheduler.table import Entry, EntryStatus, RequestTable
-from shared.bus.base import Bus
+from shared.bus.base import Bus, Subscription
 from shared.bus.leader import LeaderElection
 from shared.clock import Clock
 from shared.core.policies import create_policy
-from shared.errors import BusError, ProtocolError, StaleCommand, UnknownMessage
+from shared.errors import BusError, NoResponder, ProtocolError, StaleCommand, UnknownMessage
 from shared.messages import subjects
 from shared.messages.base import Message
 from shared.messages.requests import (
@@ -36,9 +37,17 @@ from shared.messages.requests import (
     SubmitRequest,
     SubmitStatus,
 )
-from shared.messages.workers import AttemptEnded, PrefillFinished, TransferFinished
+from shared.messages.workers import (
+    AttemptEnded,
+    PrefillFinished,
+    TransferFinished,
+    WorkerSnapshot,
+)
 
 log = logging.getLogger(__name__)
+
+CLOSED_REMEMBERED = 10_000
+"""Closed requests that are remembered, so that a late submission does not revive them."""
 
 
 class Term:
@@ -95,18 +104,20 @@ class Term:
             retry_s=settings.retry_s,
         )
         self._predictions = Predictions(bus, settings, clock, counters, self.dispatcher)
-        self._audit = Audit(self.commands, cluster, self.table, self.lose)
+        self._audit = Audit(
+            self.commands,
+            cluster,
+            self.table,
+            lose=self.lose,
+            forget=self._forget,
+            on_done=self.dispatcher.wake,
+        )
+        self._closed: OrderedDict[str, None] = OrderedDict()
 
     async def run(self) -> None:
         """Announce the term, recover, dispatch. Ends by cancellation, freeing its subjects."""
-        subscription = await self._bus.serve(
-            subjects.requests(self._settings.served_model_name), self._serve
-        )
+        subscription = await self._open_intake()
         try:
-            await self._bus.publish(
-                subjects.leader_events(),
-                LeaderChanged(scheduler=self._settings.instance, leader_epoch=self.epoch),
-            )
             await self._recover()
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self.dispatcher.run(), name="dispatcher")
@@ -119,6 +130,25 @@ class Term:
                 task.cancel()
             await subscription.unsubscribe()
             await self.commands.close()
+
+    async def _open_intake(self) -> Subscription:
+        """Serve requests and say so; while the bus is away, again and again."""
+        subscription: Subscription | None = None
+        announcement = LeaderChanged(
+            scheduler=self._settings.instance,
+            model=self._settings.served_model_name,
+            leader_epoch=self.epoch,
+        )
+        while True:
+            try:
+                if subscription is None:
+                    subject = subjects.requests(self._settings.served_model_name)
+                    subscription = await self._bus.serve(subject, self._serve)
+                await self._bus.publish(subjects.leader_events(), announcement)
+                return subscription
+            except BusError as error:
+                log.warning("the term cannot be announced yet: %s", error)
+                await asyncio.sleep(self._settings.retry_s)
 
     async def _recover(self) -> None:
         """Ask every live worker what it holds: until all have answered, or for a second.
@@ -134,7 +164,7 @@ class Term:
         async def ask(instance: str) -> None:
             try:
                 async with asyncio.timeout(self._settings.takeover_s):
-                    self._findings.add(await self.commands.snapshot(instance))
+                    self._findings.add(await self._patient_snapshot(instance))
             except (BusError, ProtocolError, TimeoutError) as error:
                 log.warning("%s did not say what it holds: %s", instance, error)
                 self._findings.silent.add(instance)
@@ -149,6 +179,14 @@ class Term:
         )
         self._recovered.set()
         self.dispatcher.wake()
+
+    async def _patient_snapshot(self, instance: str) -> WorkerSnapshot:
+        """A snapshot of a worker that may be about to reconnect."""
+        while True:
+            try:
+                return await self.commands.snapshot(instance)
+            except NoResponder:
+                await asyncio.sleep(self._settings.retry_s)
 
     # Requests from gateways
 
@@ -168,25 +206,26 @@ class Term:
 
     async def _on_submit(self, message: SubmitRequest) -> SubmitReply:
         request = message.request
+        arrival_s = self._clock.now_s() - message.age_s
+        await self._recovered.wait()
+        self._check_lead()
         entry = self.table.get(request.request_id)
         if entry is not None and entry.request.attempt >= request.attempt:
             return self._status_of(entry, request.attempt)
-        arrival_s = self._clock.now_s() - message.age_s
+        if request.request_id in self._closed:  # its closing has overtaken it
+            return self._reply(
+                request.request_id, request.attempt, SubmitStatus.LOST, reason="closed already"
+            )
         if entry is not None:
             self._withdraw(entry, f"attempt {request.attempt} follows")
             arrival_s = min(arrival_s, entry.arrival_s)
-        if not self._recovered.is_set():
-            await self._recovered.wait()
-            self._check_lead()
-            if self.table.current(request.key) is not None:  # re-sent while this one waited
-                return self._status_of(self.table.current(request.key), request.attempt)
         return self._admit(message, arrival_s)
 
     def _admit(self, message: SubmitRequest, arrival_s: float) -> SubmitReply:
         request = message.request
         entry = Entry(request=request, gateway=message.gateway, arrival_s=arrival_s)
         found = self._findings.take_running(request.key)
-        if found is not None:
+        if found is not None and all(map(self._cluster.is_alive, (found.prefill, found.decode))):
             self.table.put(entry)
             self.table.assign(entry, prefill=found.prefill, decode=found.decode)
             entry.status = EntryStatus.PLACED
@@ -194,12 +233,13 @@ class Term:
             if not found.has_handed_over:
                 self.table.enter_batch(self.commands.next_batch_id(), found.prefill, [entry])
             return self._status_of(entry, request.attempt)
-        if message.is_resend and self._findings.silent:
-            # A worker that did not answer may be running it: only the next attempt is safe.
+        if message.is_resend:
+            # Somebody who did not answer may be running it: only the next attempt is safe.
             self.table.put(entry)
-            self.table.mark_lost(entry, "the instance it ran on does not answer")
+            self.table.mark_lost(entry, "it was not found after a change of leaders")
             return self._status_of(entry, request.attempt)
-        if self.dispatcher.policy.num_waiting >= self._settings.max_queued_requests:
+        is_new = request.attempt == 0
+        if is_new and self.dispatcher.policy.num_waiting >= self._settings.max_queued_requests:
             self._counters.refused.inc()
             return self._reply(
                 request.request_id,
@@ -217,8 +257,7 @@ class Term:
         self._counters.accepted.inc()
         return self._status_of(entry, request.attempt)
 
-    def _status_of(self, entry: Entry | None, attempt: int) -> SubmitReply:
-        assert entry is not None
+    def _status_of(self, entry: Entry, attempt: int) -> SubmitReply:
         request_id = entry.request.request_id
         if entry.status is EntryStatus.LOST or entry.request.attempt != attempt:
             return self._reply(request_id, attempt, SubmitStatus.LOST, reason=entry.lost_reason)
@@ -247,13 +286,20 @@ class Term:
         )
 
     def _on_close(self, message: CloseRequest) -> Done:
+        self._closed[message.request_id] = None
+        if len(self._closed) > CLOSED_REMEMBERED:
+            self._closed.popitem(last=False)
         entry = self.table.get(message.request_id)
         if entry is None:
             return Done(count=0)
-        self._withdraw(entry, message.outcome)
-        self.table.remove(message.request_id)
-        self.dispatcher.wake()
+        self._forget(entry, message.outcome)
         return Done(count=1)
+
+    def _forget(self, entry: Entry, reason: str) -> None:
+        """The request is over: nothing of it stays here or at the workers."""
+        self._withdraw(entry, reason)
+        self.table.remove(entry.request.request_id)
+        self.dispatcher.wake()
 
     def _withdraw(self, entry: Entry, reason: str) -> None:
         """Free whatever this attempt holds anywhere."""
@@ -297,8 +343,7 @@ class Term:
         """An instance died: lose its attempts, or, for a gateway, end its requests everywhere."""
         if role == "gateway":
             for entry in self.table.of_gateway(instance):
-                self._withdraw(entry, "its gateway is gone")
-                self.table.remove(entry.request.request_id)
+                self._forget(entry, "its gateway is gone")
         else:
             for entry in self.table.of_instance(instance):
                 self.lose(entry, f"{instance} {reason}")

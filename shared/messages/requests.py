@@ -111,6 +111,7 @@ class LeaderChanged(Message, frozen=True, kw_only=True):
     """
 
     scheduler: str
+    model: str
     leader_epoch: int
 
 

@@ -111,8 +111,10 @@ class Executor:
         """Reserve blocks and begin to receive; asked again, the same reservation is the answer."""
         request = command.request
         known = self._attempts.get(request.key)
-        if known is not None and known.target is not None:
-            return self._reserved(known.key, known.target)
+        if known is not None:
+            if known.stage is RequestStage.RESERVED and known.target is not None:
+                return self._reserved(known.key, known.target)
+            self._drop(known)
         if command.kv_layout != self._kv_layout:
             raise ProtocolError(f"KV layout {command.kv_layout} is not {self._kv_layout}")
         self._make_way(request.key)
@@ -125,7 +127,9 @@ class Executor:
                 )
             )
         except BaseException:
-            self._forget(attempt)
+            if self._attempts.get(request.key) is attempt:
+                self._outputs.discard([request.key])
+                self._forget(attempt)
             raise
         if self._attempts.get(request.key) is not attempt:
             raise StaleCommand("aborted while its blocks were being reserved")
@@ -348,6 +352,7 @@ class Executor:
 
     def _end(self, attempt: Attempt, error: str = "") -> None:
         """The attempt is over here; its output stays until it is acknowledged."""
+        self._sender.abort(attempt.key)
         self._forget(attempt)
         self._event(
             AttemptEnded(
@@ -389,6 +394,8 @@ class Executor:
         self._release(attempt.key)
 
     def _forget(self, attempt: Attempt) -> None:
+        if self._attempts.get(attempt.key) is not attempt:
+            return
         self._attempts.remove(attempt.key)
         work = self._work.pop(attempt.key, None)
         if work is not None:

@@ -54,10 +54,10 @@ class LoadMeter:
         self._step_seconds.observe(stats.step_s)
         self._tokens.inc(stats.num_batched_tokens)
 
-    def on_stats(self, stats: EngineStats) -> None:
-        """The engine said how it is between two iterations."""
+    def on_stats(self, stats: EngineStats | None) -> None:
+        """The engine said how it is between two iterations, or was too busy to say."""
         self.is_waiting_for_stats = False
-        self._stats = stats
+        self._stats = stats or self._stats
 
     def report(self, now_s: float) -> WorkerReport:
         """The load since the last report."""

@@ -71,8 +71,8 @@ class OutputLog:
         self.discard(old)
 
     def ended(self) -> list[tuple[RequestKey, str]]:
-        """``(attempt, gateway)`` of all that ended and are still kept."""
-        return [(k, o.gateway) for k, o in self._outputs.items() if o.ended_s is not None]
+        """``(attempt, gateway)`` of all that came to their end here and are still kept."""
+        return [(k, o.gateway) for k, o in self._outputs.items() if o.finish_reason or o.error]
 
     def since(self, key: RequestKey, offset: int) -> tuple[StreamState, TokenDelta | None]:
         """All that is known from ``offset`` on, and whether more will come from here."""

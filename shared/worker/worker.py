@@ -227,7 +227,7 @@ class WorkerService(Service):
     # From the bus
 
     async def _on_leader(self, message: Message, subject: str) -> None:
-        if isinstance(message, LeaderChanged):
+        if isinstance(message, LeaderChanged) and message.model == self._settings.served_model_name:
             self._attempts.see_epoch(message.leader_epoch)
 
     async def _on_command(self, message: Message) -> Message:
@@ -269,7 +269,6 @@ class WorkerService(Service):
                 self._stores.on_report(message.instance, message.sequence, now_s)
             case ServiceReport() | InstanceExited():
                 self._stores.remove(message.instance)
-        self._stores.expired(now_s)
         self._store_client.stores = self._stores.instances
 
     # To the bus
@@ -291,7 +290,10 @@ class WorkerService(Service):
     async def _report(self) -> None:
         while True:
             await self._send_report()
-            self._outputs.expire(self._loop.time())
+            now_s = self._loop.time()
+            self._outputs.expire(now_s)
+            if self._stores.expired(now_s):
+                self._store_client.stores = self._stores.instances
             self._refresh_stats()
             await asyncio.sleep(self._settings.report_period_s)
 
@@ -302,10 +304,8 @@ class WorkerService(Service):
         self._meter.is_waiting_for_stats = True
         future = self._engine.call(lambda e: e.stats())
         future.add_done_callback(
-            lambda done: (
-                self._in_loop(self._meter.on_stats, done.result())
-                if done.exception() is None
-                else None
+            lambda done: self._in_loop(
+                self._meter.on_stats, done.result() if done.exception() is None else None
             )
         )
 

@@ -13,7 +13,7 @@ from tests.e2e.conftest import MAX_TOKENS
 
 pytestmark = pytest.mark.timeout(240)
 
-NUM_REQUESTS = 80
+NUM_REQUESTS = 40
 
 
 @pytest.mark.parametrize("drill", [name for name in DRILLS if not name.startswith("no fault")])

@@ -76,7 +76,7 @@ def test_the_next_attempt_goes_on_from_what_was_emitted_and_the_old_one_is_stale
     live = live_request()
     live.on_delta(delta(0, 10, 11), 0.1)
     live.on_delta(delta(5, 15), 0.2)
-    assert live.on_lost(0)
+    assert live.on_lost(0, 0.0)
     assert live.request().attempt == 1
     assert live.request().output_token_ids == (10, 11)
     assert not live.has_gap
@@ -86,15 +86,15 @@ def test_the_next_attempt_goes_on_from_what_was_emitted_and_the_old_one_is_stale
 
 def test_an_attempt_is_lost_once() -> None:
     live = live_request()
-    assert live.on_lost(0)
-    assert not live.on_lost(0)
+    assert live.on_lost(0, 0.0)
+    assert not live.on_lost(0, 0.0)
     live.lifecycle.apply(RequestEvent.CANCEL)
-    assert not live.on_lost(1)
+    assert not live.on_lost(1, 0.0)
 
 
 def test_news_about_an_old_attempt_do_not_change_the_instances() -> None:
     live = live_request()
-    live.on_lost(0)
+    live.on_lost(0, 0.0)
     live.on_placed(0, ("gone",), 0.1)
     assert not live.instances
     live.on_placed(1, ("d",), 0.2)

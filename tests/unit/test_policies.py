@@ -31,7 +31,7 @@ def capacity(*instances: str, blocks: int = 1000, tokens: int = 100, requests: i
         PrefillSlot(instance=name, max_batched_tokens=tokens, max_requests=requests)
         for name in instances
     )
-    return Capacity(slots=slots, free_decode_blocks=blocks, block_size=16)
+    return Capacity(slots=slots, free_decode_blocks=blocks, block_size=16, pool_blocks=1000)
 
 
 def test_fifo_takes_the_oldest_first_and_fills_slot_after_slot() -> None:

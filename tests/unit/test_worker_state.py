@@ -94,6 +94,19 @@ def test_ended_outputs_go_when_acknowledged_or_old_and_running_ones_stay() -> No
     log.close(RequestKey("a", 0), 0.0)
     log.close(RequestKey("b", 0), 50.0)
     log.expire(61.0)
-    assert [key.request_id for key, _ in log.ended()] == ["b"]
+    assert len(log) == 2
     log.discard([RequestKey("b", 0)])
-    assert log.ended() == [] and len(log) == 1
+    assert log.since(RequestKey("c", 0), 0) == (StreamState.RUNNING, None)
+    assert len(log) == 1
+
+
+def test_only_what_ended_here_counts_as_ended() -> None:
+    log = OutputLog(ttl_s=60)
+    for name in "ab":
+        log.open(RequestKey(name, 0), gateway="g", offset=0)
+    log.close(RequestKey("a", 0), 0.0)  # handed over: its end is somewhere else
+    end = TokenDelta(
+        request_id="b", attempt=0, offset=0, token_ids=(1,), finish_reason=FinishReason.STOP
+    )
+    log.append(end, 0.0)
+    assert log.ended() == [(RequestKey("b", 0), "g")]

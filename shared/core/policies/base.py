@@ -48,16 +48,17 @@ class Capacity:
     """What could be started now: slots, least loaded first, and KV blocks that decoding has left.
 
     ``free_decode_blocks`` counts what all decode instances together have free; which of them takes
-    which request is routing's matter.
+    which request is routing's matter. ``pool_blocks`` is what the largest of them has in all.
     """
 
     slots: tuple[PrefillSlot, ...]
     free_decode_blocks: int
     block_size: int
+    pool_blocks: int
 
     def blocks_for(self, request: Request) -> int:
-        """Blocks reserved when a prefill starts: its tokens and one block ahead."""
-        return -(-request.num_tokens // self.block_size) + 1
+        """Blocks reserved when a prefill starts: its tokens and, if there is one, one more."""
+        return min(-(-request.num_tokens // self.block_size) + 1, self.pool_blocks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
