@@ -1,16 +1,20 @@
 """What users do with a running suite, through the real HTTP port."""
 
+import asyncio
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from bench.clients import CheckedClients
 from bench.reference import Expected
 from bench.suite import ROOT, Suite
+from tests.e2e.conftest import MAX_TOKENS
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -239,18 +243,14 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_greedy_text_is_that_of_the_reference(
-    client: openai.OpenAI, expected: list[Expected], model_dir: Path
+def test_answers_from_two_decode_workers_equal_those_of_transformers(
+    suite: Suite, expected: list[Expected], model_dir: Path
 ) -> None:
-    for item in expected[:5]:
-        answer = client.completions.create(
-            model="tiny-chat",
-            prompt=list(item.prompt_token_ids),
-            max_tokens=len(item.token_ids),
-            temperature=0,
-        )
-        assert answer.usage is not None
-        assert answer.usage.completion_tokens == len(item.token_ids)
+    clients = CheckedClients(suite.url, model_dir, expected)
+    answers = asyncio.run(clients.run(num_requests=40, concurrency=8, max_tokens=MAX_TOKENS))
+    assert [answer.error for answer in answers if answer.error] == []
+    verdicts = Counter(answer.verdict for answer in answers)
+    assert verdicts["different"] == 0 and verdicts["equal"] >= 38, verdicts
 
 
 def test_a_crashed_worker_is_replaced(suite: Suite, client: openai.OpenAI) -> None:
