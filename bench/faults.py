@@ -119,35 +119,55 @@ HEADER = (
 def run_drill(
     name: str, expected: list[Expected], *, num_requests: int, max_tokens: int, model_dir: Path
 ) -> Outcome:
-    """Start a suite, ask, break it after a quarter of the answers, and see that all was freed."""
-    drill = DRILLS[name]
-    with running_suite("--dtype", "fp32", "--model", str(model_dir), *drill.arguments) as suite:
-        clients = CheckedClients(suite.url, model_dir, expected)
-        began_s = time.monotonic()
-        answers = asyncio.run(
-            clients.run(
-                num_requests=num_requests,
-                concurrency=8,
-                max_tokens=max_tokens,
-                at=num_requests // 4,
-                action=lambda: drill.action(suite),
-            )
-        )
-        wall_s = time.monotonic() - began_s
-        suite.wait_until_blocks_are_free()
-        stale = sum(worker["num_stale_dropped"] for worker in suite.workers())
-        return Outcome(
-            drill=name,
+    """Start the drill's own suite and run the drill on it."""
+    arguments = ("--dtype", "fp32", "--model", str(model_dir), *DRILLS[name].arguments)
+    with running_suite(*arguments) as suite:
+        return drill_on(
+            suite,
+            name,
+            expected,
             num_requests=num_requests,
-            num_failed=sum(answer.verdict == "failed" for answer in answers),
-            verdicts=dict(Counter(answer.verdict for answer in answers)),
-            worst_pause_s=worst_pause_s(answers),
-            num_lost_attempts=int(suite.metric("banyan_gateway_lost_attempts_events_total")),
-            num_stale=stale + int(suite.metric("banyan_gateway_stale_messages_total")),
-            num_refetched_tokens=int(suite.metric("banyan_gateway_refetched_tokens_total")),
-            wall_s=wall_s,
-            errors=tuple(sorted({a.error[:200] for a in answers if a.error}))[:5],
+            max_tokens=max_tokens,
+            model_dir=model_dir,
         )
+
+
+def drill_on(
+    suite: Suite,
+    name: str,
+    expected: list[Expected],
+    *,
+    num_requests: int,
+    max_tokens: int,
+    model_dir: Path,
+) -> Outcome:
+    """Ask, break the suite after a quarter of the answers, and see that all was freed."""
+    clients = CheckedClients(suite.url, model_dir, expected)
+    began_s = time.monotonic()
+    answers = asyncio.run(
+        clients.run(
+            num_requests=num_requests,
+            concurrency=8,
+            max_tokens=max_tokens,
+            at=num_requests // 4,
+            action=lambda: DRILLS[name].action(suite),
+        )
+    )
+    wall_s = time.monotonic() - began_s
+    suite.wait_until_blocks_are_free()
+    stale = sum(worker["num_stale_dropped"] for worker in suite.workers())
+    return Outcome(
+        drill=name,
+        num_requests=num_requests,
+        num_failed=sum(answer.verdict == "failed" for answer in answers),
+        verdicts=dict(Counter(answer.verdict for answer in answers)),
+        worst_pause_s=worst_pause_s(answers),
+        num_lost_attempts=int(suite.metric("banyan_gateway_lost_attempts_events_total")),
+        num_stale=stale + int(suite.metric("banyan_gateway_stale_messages_total")),
+        num_refetched_tokens=int(suite.metric("banyan_gateway_refetched_tokens_total")),
+        wall_s=wall_s,
+        errors=tuple(sorted({a.error[:200] for a in answers if a.error}))[:5],
+    )
 
 
 def worst_pause_s(answers: list[Answer]) -> float:

@@ -1,32 +1,52 @@
 """Something dies while requests run: nobody fails, nobody gets a wrong token, nothing is leaked.
 
-The same drills as ``bench/faults.py``, with fewer requests.
+The same drills as ``bench/faults.py``, with fewer requests and two of them in each suite.
 """
 
 from pathlib import Path
 
 import pytest
 
-from bench.faults import DRILLS, run_drill
+from bench.faults import DRILLS, drill_on
 from bench.reference import Expected
+from bench.suite import running_suite
 from tests.e2e.conftest import MAX_TOKENS
 
 pytestmark = pytest.mark.timeout(240)
 
 NUM_REQUESTS = 40
+SUITES: dict[tuple[str, ...], tuple[str, str]] = {
+    ("--decode", "2"): ("decode killed, 1P+2D", "decode frozen 10 s, 1P+2D"),
+    ("--prefill", "2"): ("only decode killed, 2P+1D", "prefill killed, 2P+1D"),
+    ("--scheduler", "2"): ("scheduler killed, standby", "nats restarted"),
+}
 
 
-@pytest.mark.parametrize("drill", [name for name in DRILLS if not name.startswith("no fault")])
+@pytest.mark.parametrize("arguments", SUITES, ids=lambda words: "".join(words))
 def test_a_fault_costs_a_pause_and_nothing_else(
-    drill: str, expected: list[Expected], model_dir: Path
+    arguments: tuple[str, ...], expected: list[Expected], model_dir: Path
 ) -> None:
-    outcome = run_drill(
-        drill,
-        expected,
-        num_requests=NUM_REQUESTS,
-        max_tokens=MAX_TOKENS,
-        model_dir=model_dir,
-    )
-    assert outcome.errors == ()
-    assert outcome.num_failed == 0
-    assert outcome.verdicts.get("different", 0) == 0, outcome
+    with running_suite("--dtype", "fp32", *arguments) as suite:
+        num_processes = len(suite.processes())
+        for drill in SUITES[arguments]:
+            outcome = drill_on(
+                suite,
+                drill,
+                expected,
+                num_requests=NUM_REQUESTS,
+                max_tokens=MAX_TOKENS,
+                model_dir=model_dir,
+            )
+            assert outcome.errors == ()
+            assert outcome.num_failed == 0
+            assert outcome.verdicts.get("different", 0) == 0, outcome
+            suite.wait_until(
+                lambda: len(suite.processes()) == len(suite.status()["instances"]) == num_processes,
+                "the return of what was killed",
+                60,
+            )
+
+
+def test_every_drill_is_run() -> None:
+    run = {name for names in SUITES.values() for name in names}
+    assert run == {name for name in DRILLS if not name.startswith("no fault")}
