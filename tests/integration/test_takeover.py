@@ -272,6 +272,7 @@ async def test_the_next_attempt_displaces_the_old_one(rig: Rig) -> None:
     )
     held = [(RequestKey(h.request_id, h.attempt), h.stage) for h in snapshot.requests]
     assert held == [(second.key, RequestStage.RESERVED)]
+    await rig.until(lambda: rig.reports["decode"].num_reserved == 1)
     # Nobody asked the new leader for it: its audits free the blocks.
     async with rig.real_leader():
         await rig.all_blocks_are_free()
