@@ -40,6 +40,7 @@ class InboundSubscription(Subscription):
         self._codec = codec
         self._detach = detach
         self._is_ending = False
+        self._is_detached = False
 
     @abstractmethod
     async def offer(self, data: bytes, subject: str, reply: str | None) -> None:
@@ -62,8 +63,12 @@ class InboundSubscription(Subscription):
         if self._is_ending:
             return
         self._is_ending = True
-        await self._detach(self)
-        await self._finish(deadline_s, caller)
+        try:
+            await self._detach(self)
+        finally:
+            # Until here messages may still arrive, and those are to be handled.
+            self._is_detached = True
+            await self._finish(deadline_s, caller)
 
     def _decode(self, data: bytes, subject: str) -> Message:
         """The message; a failure is counted and logged before it is raised."""
@@ -111,7 +116,7 @@ class HandlerSubscription(InboundSubscription):
 
     async def _work(self) -> None:
         num_handled = 0
-        while not (self._is_ending and not self._pending):
+        while not (self._is_detached and not self._pending):
             if not self._pending:
                 self._has_news.clear()
                 await self._has_news.wait()
