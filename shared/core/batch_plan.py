@@ -1,19 +1,21 @@
 """Which tokens of which requests are computed together: the choice of one iteration.
 
-Iteration-level batching as in Orca (Yu et al., OSDI 2022, section 3), paged KV and preemption by
-recompute as in vLLM (Kwon et al., SOSP 2023, section 4.5), chunked prefills that never stall
-decodes as in Sarathi-Serve (Agrawal et al., OSDI 2024, section 4). Deviations: the blocks of a
-whole prompt are taken at admission, and one order decides admission and preemption alike.
+Iteration-level batching as in Orca (Yu et al., OSDI 2022, section 3), paged KV and preemption as
+in vLLM (Kwon et al., SOSP 2023, section 4.5), chunked prefills that never stall decodes as in
+Sarathi-Serve (Agrawal et al., OSDI 2024, section 4). Deviations: the blocks of a whole prompt are
+taken at admission, and one order decides admission and preemption alike.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.core.block_manager import BlockManager
 from shared.core.engine_request import EngineEvent, EngineRequest, EngineState
+from shared.core.preemption import PreemptionKind, SwapSpace
 from shared.core.request import RequestKey
+from shared.core.request_table import RequestTable
 
 OrderKey = Callable[[EngineRequest, float], Any]
 """``(request, now_s)`` to something sortable: smaller is admitted sooner and preempted later."""
@@ -36,8 +38,7 @@ class IterationLimits:
     max_model_len: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens ``[start, end)`` of one request, to be computed in this iteration.
 
     ``is_sampling``: they reach the last token, so its logits give the next one. ``block_table`` is
@@ -71,146 +72,256 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """One iteration. ``block_copies`` (source, copy) come first, in this order."""
+    """One iteration.
 
-    chunks: tuple[Chunk, ...]
-    block_copies: tuple[tuple[int, int], ...]
-    preempted: tuple[RequestKey, ...]
+    Blocks are copied before anything is computed, in this order: ``swap_out`` (block, host block),
+    ``block_copies`` (source, copy) one after the other, ``swap_in`` (host block, block). A plan
+    without chunks may have copies to make. ``pad_chunks`` are computed like ``chunks``, but nothing
+    is sampled from them and ``commit`` passes them over; their requests are known to nobody.
+    """
+
+    chunks: tuple[Chunk, ...] = ()
+    block_copies: tuple[tuple[int, int], ...] = ()
+    preempted: tuple[tuple[RequestKey, PreemptionKind], ...] = ()
+    swap_out: tuple[tuple[int, int], ...] = ()
+    swap_in: tuple[tuple[int, int], ...] = ()
+    pad_chunks: tuple[Chunk, ...] = ()
+
+    @property
+    def computed(self) -> tuple[Chunk, ...]:
+        """All that is to be computed, padding included."""
+        return self.chunks + self.pad_chunks
+
+
+class Draft:
+    """A plan in the making."""
+
+    __slots__ = ("budget", "chunks", "copies", "pad_chunks", "preempted", "swap_in", "swap_out")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.chunks: list[Chunk] = []
+        self.copies: dict[RequestKey, list[tuple[int, int]]] = {}
+        self.preempted: list[tuple[RequestKey, PreemptionKind]] = []
+        self.swap_out: list[tuple[int, int]] = []
+        self.swap_in: dict[RequestKey, list[tuple[int, int]]] = {}
+        self.pad_chunks: list[Chunk] = []
+
+    def add(self, chunk: Chunk) -> None:
+        """Spend budget on ``chunk``."""
+        self.budget -= chunk.end - chunk.start
+        self.chunks.append(chunk)
+
+    def withdraw(self, request: EngineRequest) -> list[tuple[int, int]]:
+        """Take back the chunk and the copies of ``request``; returns the copies."""
+        self.budget += sum(c.end - c.start for c in self.chunks if c.request is request)
+        self.chunks = [chunk for chunk in self.chunks if chunk.request is not request]
+        return self.copies.pop(request.key, [])
+
+    def plan(self) -> Plan:
+        """What it has come to."""
+        return Plan(
+            chunks=tuple(self.chunks),
+            block_copies=tuple(pair for pairs in self.copies.values() for pair in pairs),
+            preempted=tuple(self.preempted),
+            swap_out=tuple(self.swap_out),
+            swap_in=tuple(pair for pairs in self.swap_in.values() for pair in pairs),
+            pad_chunks=tuple(self.pad_chunks),
+        )
 
 
 class Planner:
-    """Makes one plan; changes states and block tables of the requests as it goes."""
+    """Makes plans; changes states and block tables of the requests as it goes."""
 
     def __init__(
         self,
-        requests: Iterable[EngineRequest],
+        table: RequestTable,
         blocks: BlockManager,
         limits: IterationLimits,
         *,
-        order: Callable[[EngineRequest], Any],
+        order: OrderKey,
         enable_prefix_cache: bool,
+        swap: SwapSpace | None,
     ) -> None:
-        live = list(requests)
-        self._running = [r for r in live if r.state is EngineState.RUNNING]
-        self._waiting = [r for r in live if r.state is EngineState.WAITING]
+        self._table = table
         self._blocks = blocks
         self._limits = limits
         self._order = order
         self._enable_prefix_cache = enable_prefix_cache
-        self._budget = limits.max_num_batched_tokens
-        self._chunks: dict[RequestKey, Chunk] = {}
-        self._copies: list[tuple[int, int]] = []
-        self._preempted: list[RequestKey] = []
+        self._swap = swap
+        self._running = table.in_state(EngineState.RUNNING)
+        self._waiting = table.in_state(EngineState.WAITING)
+        self._swapped = table.in_state(EngineState.SWAPPED)
+        self._now_s = 0.0
+        self._draft = Draft(0)
 
-    def plan(self) -> Plan:
-        """The batch of this iteration; without chunks there is nothing that could run."""
-        self._running.sort(key=self._order)
-        by_need = sorted(self._running, key=lambda request: request.num_uncomputed_tokens > 1)
-        for request in by_need:  # decodes first; the sort keeps the order otherwise
-            if request.state is EngineState.RUNNING:  # not preempted meanwhile
+    def plan(self, now_s: float) -> Plan:
+        """The batch of this iteration."""
+        self._now_s = now_s
+        self._draft = Draft(self._limits.max_num_batched_tokens)
+        self._choose()
+        if self._swap is not None:
+            self._swap.settle()
+        return self._draft.plan()
+
+    def _choose(self) -> None:
+        """Fill the draft."""
+        self._continue()
+        if self._waiting or self._swapped:
+            self._admit()
+
+    def _continue(self) -> None:
+        """Schedule what runs: every decode first, then prefills with what budget is left."""
+        prefills = []
+        size, writable_table = self._blocks.block_size, self._blocks.writable_table
+        for request in list(self._running.values()):
+            if request.state is not EngineState.RUNNING:
+                continue  # preempted meanwhile
+            start, end = request.num_computed_tokens, len(request.token_ids)
+            if end - start > 1:
+                prefills.append(request)
+                continue
+            table = writable_table(request.key, start // size)
+            if table is None:
                 self._schedule(request)
-        self._admit()
-        return Plan(
-            chunks=tuple(self._chunks.values()),
-            block_copies=tuple(self._copies),
-            preempted=tuple(self._preempted),
-        )
+            else:  # what nearly every decode is; at large batches this loop is what planning costs
+                self._draft.chunks.append(Chunk(request, start, end, True, table))
+                self._draft.budget -= 1
+        for request in sorted(prefills, key=self._rank):
+            if request.state is EngineState.RUNNING:
+                self._schedule(request)
+
+    def _rank(self, request: EngineRequest) -> tuple[Any, int]:
+        """A strict order: nobody is preempted for somebody of equal rank."""
+        return self._order(request, self._now_s), request.arrival
 
     def _schedule(self, request: EngineRequest) -> None:
         """Give ``request`` what it needs of the remaining budget."""
-        start = request.num_computed_tokens
-        end = min(request.num_tokens, start + self._budget)
-        if end > start and self._make_room(request, end):
-            self._budget -= end - start
-            self._chunks[request.key] = Chunk(
-                request=request,
-                start=start,
-                end=end,
-                is_sampling=end == request.num_tokens,
-                block_table=self._blocks.block_table(request.key),
-            )
+        start, num_tokens = request.num_computed_tokens, len(request.token_ids)
+        end = min(num_tokens, start + self._draft.budget)
+        if end > start and self._make_room(request, start, end):
+            table = self._blocks.block_table(request.key)
+            self._draft.add(Chunk(request, start, end, end == num_tokens, table))
 
     def _admit(self) -> None:
         """Let waiting requests run, in order, as far as budget, seats and blocks reach."""
         is_blocked = False
         # What was preempted a moment ago would only take back the blocks just freed.
-        if not self._waiting or self._preempted or not self._has_room():
+        if self._draft.preempted or not self._has_room():
             return
-        for request in sorted(self._waiting, key=self._order):
-            if not self._has_room() or self._preempted:
+        candidates = [*self._swapped.values(), *self._waiting.values()]
+        for request in sorted(candidates, key=self._rank):
+            if self._draft.preempted or not self._has_room():
                 return
-            if not self._blocks.owns(request.key):
-                # Nobody overtakes a request for want of blocks, but those that brought their own.
-                is_blocked = is_blocked or not self._take_blocks(request)
-                if is_blocked:
-                    continue
-            request.apply(EngineEvent.SCHEDULE)
-            self._running.append(request)
-            self._waiting.remove(request)
-            self._schedule(request)
+            # Nobody overtakes a request for want of blocks, but those that brought their own.
+            if self._blocks.owns(request.key):
+                is_admitted = self._keep_blocks(request)
+            else:
+                is_admitted = not is_blocked and self._take_blocks(request)
+            is_blocked = is_blocked or not is_admitted
+            if is_admitted:
+                self._on_admitted(request)
+
+    def _on_admitted(self, request: EngineRequest) -> None:
+        """One more runs."""
+        self._schedule(request)
 
     def _has_room(self) -> bool:
-        return self._budget > 0 and len(self._running) < self._limits.max_num_seqs
+        return self._draft.budget > 0 and len(self._running) < self._limits.max_num_seqs
 
     def _take_blocks(self, request: EngineRequest) -> bool:
-        """Allocate the blocks of all tokens, the cached prefix among them, if they are free."""
-        size = self._blocks.block_size
+        """Let ``request`` run in blocks for all its tokens, if so many are free.
+
+        What the prefix cache has is among them; what is in host memory is copied back.
+        """
+        blocks, size = self._blocks, self._blocks.block_size
+        is_swapped = request.state is EngineState.SWAPPED
         keys: Sequence[bytes] = ()
         if self._enable_prefix_cache:
-            keys = request.full_block_keys(request.num_tokens - 1, size)
-        num_hits, num_unowned = self._blocks.count_cached(keys)
-        needed = self._blocks.blocks_for(request.num_tokens) - num_hits
-        watermark = math.ceil(self._blocks.num_blocks * WATERMARK_FRACTION) if self._running else 0
-        if self._blocks.num_free_blocks - num_unowned - needed < watermark:
+            # At least one token is computed, whose logits are needed.
+            num_tokens = request.num_computed_tokens if is_swapped else request.num_tokens - 1
+            keys = request.full_block_keys(num_tokens, size)
+        num_hits, num_unowned = blocks.count_cached(keys)
+        needed = blocks.blocks_for(request.num_tokens) - num_hits
+        watermark = math.ceil(blocks.num_blocks * WATERMARK_FRACTION) if self._running else 0
+        if blocks.num_free_blocks - num_unowned - needed < watermark:
             return False
-        self._blocks.create(request.key)
-        self._blocks.adopt(request.key, keys)
-        self._blocks.allocate(request.key, needed)
-        request.num_computed_tokens = num_hits * size
+        blocks.create(request.key)
+        blocks.adopt(request.key, keys)
+        blocks.allocate(request.key, needed)
         request.num_registered_blocks = num_hits
+        if is_swapped:
+            assert self._swap is not None
+            host_blocks = self._swap.retire(request.key)[num_hits:]
+            table = blocks.block_table(request.key)[num_hits:]
+            self._draft.swap_in[request.key] = list(zip(host_blocks, table, strict=False))
+            self._table.apply(request, EngineEvent.SWAP_IN)
+            return True
+        request.num_computed_tokens = num_hits * size
         if not request.was_admitted:
             request.was_admitted = True
             request.num_cached_tokens = request.num_computed_tokens
+        self._table.apply(request, EngineEvent.SCHEDULE)
         return True
 
-    def _make_room(self, request: EngineRequest, end: int) -> bool:
-        """Make the blocks of the tokens up to ``end`` exist and writable.
+    def _keep_blocks(self, request: EngineRequest) -> bool:
+        """Let ``request`` run in the blocks that it has, unless it would be the first to lose them.
+
+        It waits with them then: what they hold was paid for.
+        """
+        start, size = request.num_computed_tokens, self._blocks.block_size
+        stop = self._blocks.blocks_for(min(request.num_tokens, start + self._draft.budget))
+        missing = self._blocks.count_missing(request.key, start // size, stop)
+        if missing > self._blocks.num_free_blocks and self._last_holder() is request:
+            return False
+        self._table.apply(request, EngineEvent.SCHEDULE)
+        return True
+
+    def _make_room(self, request: EngineRequest, start: int, end: int) -> bool:
+        """Make the blocks of tokens ``[start, end)`` exist and writable.
 
         Preempts from the end of the order until they fit; ``False`` if that hit ``request``.
         """
         blocks, key = self._blocks, request.key
-        first = request.num_computed_tokens // blocks.block_size
-        stop = blocks.blocks_for(end)
-        size = len(blocks.block_table(key))
-        while True:
-            shared = sum(blocks.is_shared(key, i) for i in range(first, min(stop, size)))
-            if max(0, stop - size) + shared <= blocks.num_free_blocks:
-                break
-            victim = max(self._holders(), key=self._order)
+        first, stop = start // blocks.block_size, blocks.blocks_for(end)
+        while blocks.count_missing(key, first, stop) > blocks.num_free_blocks:
+            victim = self._last_holder()
             self._preempt(victim)
             if victim is request:
                 return False
+        size = len(blocks.block_table(key))
         blocks.allocate(key, max(0, stop - size))
-        for index in range(first, min(stop, size)):
-            copy = blocks.make_writable(key, index)
-            if copy is not None:
-                self._copies.append(copy)
+        copies = [blocks.make_writable(key, index) for index in range(first, min(stop, size))]
+        if made := [copy for copy in copies if copy is not None]:
+            self._draft.copies[key] = made
         return True
 
-    def _holders(self) -> list[EngineRequest]:
-        """Requests whose blocks can be taken away."""
-        return [*self._running, *(r for r in self._waiting if self._blocks.owns(r.key))]
+    def _last_holder(self) -> EngineRequest:
+        """The last in the order of those whose blocks can be taken away."""
+        holders = (r for r in self._waiting.values() if self._blocks.owns(r.key))
+        return max([*self._running.values(), *holders], key=self._rank)
 
     def _preempt(self, victim: EngineRequest) -> None:
-        """Take all blocks of ``victim``, which waits for its recomputation."""
-        if victim.state is EngineState.RUNNING:
-            self._running.remove(victim)
-            self._waiting.append(victim)
-        victim.apply(EngineEvent.PREEMPT)
-        self._blocks.free(victim.key)
-        victim.rewind(0, self._blocks.block_size)
+        """Take all blocks of ``victim``; its KV is kept in host memory or computed again."""
+        key, swap = victim.key, self._swap
+        copies = self._draft.withdraw(victim)
+        kind = PreemptionKind.RECOMPUTE
+        if swap is not None:
+            kind = swap.choose(victim.num_computed_tokens)
+        if swap is not None and self._draft.swap_in.pop(key, None) is not None:
+            kind = PreemptionKind.SWAP
+            swap.keep(key)  # it was to come back in this plan: its KV has not left the host
+            self._table.apply(victim, EngineEvent.SWAP_OUT)
+        elif swap is not None and kind is PreemptionKind.SWAP:
+            # The copies that were to be made are not: their sources still have the content.
+            sources = {copy: source for source, copy in copies}
+            host_blocks = swap.take(key, victim.num_computed_tokens)
+            table = [sources.get(block, block) for block in self._blocks.block_table(key)]
+            self._draft.swap_out += zip(table, host_blocks, strict=False)
+            self._table.apply(victim, EngineEvent.SWAP_OUT)
+        else:
+            victim.rewind(0, self._blocks.block_size)
+            self._table.apply(victim, EngineEvent.PREEMPT)
+        self._blocks.free(key)
         victim.num_preemptions += 1
-        self._preempted.append(victim.key)
-        chunk = self._chunks.pop(victim.key, None)
-        if chunk is not None:
-            self._budget += chunk.end - chunk.start
+        self._draft.preempted.append((key, kind))

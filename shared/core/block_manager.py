@@ -125,6 +125,24 @@ class BlockManager:
         """Whether the block at ``index`` is in another table too."""
         return self._ref_counts[self._table(owner)[index]] > 1
 
+    def writable_table(self, owner: Hashable, index: int) -> Sequence[int] | None:
+        """The table of ``owner`` if the block at ``index`` may be written as it is.
+
+        It exists then, in no other table and under no key; see ``make_writable``.
+        """
+        table = self._table(owner)
+        if index >= len(table):
+            return None
+        block = table[index]
+        is_writable = self._ref_counts[block] == 1 and self._keys[block] is None
+        return table if is_writable else None
+
+    def count_missing(self, owner: Hashable, first: int, stop: int) -> int:
+        """Free blocks it takes to make ``[first, stop)`` exist and be this owner's alone."""
+        table = self._table(owner)
+        shared = sum(self._ref_counts[block] > 1 for block in table[first:stop])
+        return max(0, stop - len(table)) + shared
+
     def make_writable(self, owner: Hashable, index: int) -> tuple[int, int] | None:
         """Make the block at ``index`` this owner's alone and unregistered.
 
@@ -167,9 +185,51 @@ class BlockManager:
             self._drop(block)
         return discarded
 
+    def shrink(self, count: int) -> list[tuple[int, int]]:
+        """Give up the ``count`` highest block ids, at least one id staying.
+
+        Returns ``(source, target)`` pairs to be copied before the sources are gone: owned blocks
+        move to lower ids, in their tables and under their keys. Of the cached blocks the given up
+        ones are forgotten, and the oldest where room for the owned ones is short. Raises
+        ``OutOfBlocks`` and changes nothing if fewer than ``count`` blocks are free.
+        """
+        stop = self.num_blocks - count
+        if count < 0 or stop < 1:
+            raise ValueError(f"{count} of {self.num_blocks} blocks cannot be given up")
+        if count > self.num_free_blocks:
+            raise OutOfBlocks(count, self.num_free_blocks)
+        self._free = [block for block in self._free if block < stop]
+        for block in [block for block in self._cached if block >= stop]:
+            del self._cached[block]
+            self._forget(block)
+        owned = [block for block in range(stop, self.num_blocks) if self._ref_counts[block]]
+        moves = {block: self._take() for block in owned}
+        for source, target in moves.items():
+            self._ref_counts[target] = self._ref_counts[source]
+            key = self._keys[target] = self._keys[source]
+            if key is not None:
+                self._by_key[key] = target
+        if moves:
+            for table in self._tables.values():
+                table[:] = [moves.get(block, block) for block in table]
+        del self._ref_counts[stop:], self._keys[stop:]
+        self.num_blocks = stop
+        return list(moves.items())
+
+    def grow(self, count: int) -> None:
+        """Add ``count`` free blocks behind the highest id."""
+        if count < 0:
+            raise ValueError(f"{count} blocks cannot be added")
+        added = range(self.num_blocks + count - 1, self.num_blocks - 1, -1)
+        self._free = [*added, *self._free]
+        self._ref_counts += [0] * count
+        self._keys += [None] * count
+        self.num_blocks += count
+
     def check_integrity(self) -> None:
         """Verify every invariant; raises ``AssertionError`` naming the first that is broken."""
         counts = [0] * self.num_blocks
+        assert len(self._ref_counts) == len(self._keys) == self.num_blocks, "sizes differ"
         for owner, table in self._tables.items():
             assert len(set(table)) == len(table), f"{owner} has a block twice: {table}"
             for block in table:

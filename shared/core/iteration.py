@@ -5,7 +5,7 @@ what came out. How a batch is chosen is in ``batch_plan``.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 from shared.core.batch_plan import (
     IterationLimits,
@@ -16,14 +16,19 @@ from shared.core.batch_plan import (
 )
 from shared.core.block_manager import BlockManager
 from shared.core.engine_request import EngineEvent, EngineRequest, EngineState, check_request
+from shared.core.preemption import PreemptionKind, SwapSpace
 from shared.core.prefix import block_keys, root_key
 from shared.core.request import FinishReason, Request, RequestKey
+from shared.core.request_table import RequestTable
 from shared.core.reservations import Reservations
-from shared.errors import ContextLengthExceeded, InvalidRequest, LifecycleError
+from shared.core.static_batch import StaticPlanner
+from shared.errors import ContextLengthExceeded, InvalidRequest, LifecycleError, OutOfBlocks
+
+Batching = Literal["continuous", "static"]
+BATCHINGS: tuple[Batching, ...] = get_args(Batching)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """New output tokens of one request, from output position ``offset`` on."""
 
     request: EngineRequest
@@ -36,7 +41,8 @@ class IterationScheduler:
     """Waiting and running requests of one engine, and the blocks they own.
 
     ``plan`` and ``commit`` alternate; everything else is called between a ``commit`` and the next
-    ``plan``, except ``fail`` and ``release``, which are allowed at any time.
+    ``plan``, except ``fail`` and ``release``, which are allowed at any time. With ``swap`` a
+    preempted request may keep its KV in host memory; without, it is always computed again.
     """
 
     def __init__(
@@ -48,36 +54,52 @@ class IterationScheduler:
         fingerprint: str = "",
         enable_prefix_cache: bool = True,
         order: OrderKey = first_come_first_served,
+        batching: Batching = "continuous",
+        swap: SwapSpace | None = None,
     ) -> None:
         self.limits = limits
         self.blocks = blocks
-        self.order = order
-        self.num_preemptions = 0
+        self.preemptions = dict.fromkeys(PreemptionKind, 0)
         self._eos_token_ids = eos_token_ids
         self._fingerprint = fingerprint
         self._enable_prefix_cache = enable_prefix_cache
         self._arrivals = 0
+        self._swap = swap
         self.reservations = Reservations(blocks)
-        self._requests: dict[RequestKey, EngineRequest] = {}
+        self._table = RequestTable()
+        make_planner = StaticPlanner if batching == "static" else Planner
+        self._planner = make_planner(
+            self._table,
+            blocks,
+            limits,
+            order=order,
+            enable_prefix_cache=enable_prefix_cache,
+            swap=swap,
+        )
 
     # -- what there is
 
     def state_of(self, key: RequestKey) -> EngineState | None:
         """The state of an attempt, ``None`` if it is not known (any more)."""
-        request = self._requests.get(key)
+        request = self._table.by_key.get(key)
         if request is not None:
             return request.state
         return EngineState.RESERVED if key in self.reservations else None
 
     def get(self, key: RequestKey) -> EngineRequest | None:
         """The started attempt ``key``, to be read only."""
-        return self._requests.get(key)
+        return self._table.by_key.get(key)
 
     def count(self, state: EngineState) -> int:
-        """How many attempts are in ``state``."""
+        """How many attempts are in ``state``, which must be a live one."""
         if state is EngineState.RESERVED:
             return len(self.reservations)
-        return sum(request.state is state for request in self._requests.values())
+        return len(self._table.in_state(state))
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often blocks were taken away, of either kind; ``preemptions`` has each."""
+        return sum(self.preemptions.values())
 
     def num_cached_tokens(self, request: Request) -> int:
         """Leading tokens whose KV this engine's prefix cache holds now (never all of them)."""
@@ -141,7 +163,7 @@ class IterationScheduler:
         """Queue ``request`` with the KV of the tokens it shares with ``key``, copied on write."""
         self._check_new(request.key)
         check_request(request, self.limits.max_model_len)
-        parent = self._requests.get(key)
+        parent = self._table.by_key.get(key)
         if parent is None or not self.blocks.owns(key):
             raise LifecycleError(f"{key} has no blocks to share")
         tokens = [*request.prompt_token_ids, *request.output_token_ids]
@@ -167,10 +189,10 @@ class IterationScheduler:
         """Take back the last ``num_tokens`` output tokens and their KV (speculation).
 
         The new last token's KV is computed again, as its logits are needed. Raises
-        ``LifecycleError`` unless ``key`` waits or runs and has generated that many.
+        ``LifecycleError`` unless ``key`` runs, waits or is swapped out and has generated that many.
         """
-        request = self._requests.get(key)
-        if request is None or request.state not in (EngineState.WAITING, EngineState.RUNNING):
+        request = self._table.by_key.get(key)
+        if request is None or request.state is EngineState.HELD:
             raise LifecycleError(
                 f"{key} is {self.state_of(key) or 'unknown'}: nothing to take back"
             )
@@ -184,20 +206,26 @@ class IterationScheduler:
         request.rewind(request.num_tokens - 1, self.blocks.block_size)
         if self.blocks.owns(key):
             self.blocks.truncate(key, self.blocks.blocks_for(request.num_tokens))
+        elif self._swap is not None and self._swap.owns(key):
+            self._swap.truncate(key, request.num_computed_tokens)
+
+    def shrink(self, num_blocks: int) -> list[tuple[int, int]]:
+        """Give up the highest block ids; the (source, target) copies that have to be made first.
+
+        Raises ``OutOfBlocks`` unless as many are free and what stays holds the longest request.
+        """
+        most = self.blocks.num_blocks - self.blocks.blocks_for(self.limits.max_model_len)
+        if num_blocks > most:
+            raise OutOfBlocks(num_blocks, min(most, self.blocks.num_free_blocks))
+        return self.blocks.shrink(num_blocks)
 
     # -- iterations
 
     def plan(self, now_s: float = 0.0) -> Plan:
-        """Choose the next batch: every decode first, then prefill with what budget is left."""
-        planner = Planner(
-            self._requests.values(),
-            self.blocks,
-            self.limits,
-            order=lambda request: self.order(request, now_s),
-            enable_prefix_cache=self._enable_prefix_cache,
-        )
-        plan = planner.plan()
-        self.num_preemptions += len(plan.preempted)
+        """Choose the next batch; with continuous batching every decode first, then prefills."""
+        plan = self._planner.plan(now_s)
+        for _, kind in plan.preempted:
+            self.preemptions[kind] += 1
         return plan
 
     def commit(self, plan: Plan, sampled: Mapping[RequestKey, Sequence[int]]) -> list[Committed]:
@@ -209,41 +237,45 @@ class IterationScheduler:
         size = self.blocks.block_size
         committed = []
         for chunk in plan.chunks:
-            request = chunk.request
-            if self._requests.get(request.key) is not request:
+            request, end = chunk.request, chunk.end
+            if request.state is not EngineState.RUNNING:
                 continue
-            request.num_exported_blocks = max(
-                request.num_exported_blocks, chunk.export_range(size)[1]
-            )
-            request.num_computed_tokens = chunk.end
-            self._register(request)
+            if request.is_exporting:
+                request.num_exported_blocks = chunk.export_range(size)[1]
+            request.num_computed_tokens = end
+            if end // size > request.num_registered_blocks and self._enable_prefix_cache:
+                self._register(request)
             if not chunk.is_sampling:
                 continue
             request.is_exporting = False
-            tokens = sampled.get(request.key, ())
-            if tokens:
+            if tokens := sampled.get(request.key):
                 committed.append(self._append(request, tokens))
-            # Without a new token the last one's logits are needed once more.
-            request.rewind(request.num_tokens - 1, size)
+            else:
+                # Without a new token the last one's logits are needed once more.
+                request.rewind(request.num_tokens - 1, size)
         return committed
 
     def _append(self, request: EngineRequest, tokens: Sequence[int]) -> Committed:
         offset = request.num_output_tokens
-        count, finish_reason = request.append(
-            tokens,
-            eos_token_ids=self._eos_token_ids,
-            max_model_len=self.limits.max_model_len,
-        )
+        count, finish_reason = request.append(tokens)
         if finish_reason is not None:
             self._end(request.key, EngineEvent.FINISH)
         elif request.prefill_only:
-            request.apply(EngineEvent.HOLD)
-        return Committed(
-            request=request,
-            offset=offset,
-            token_ids=tuple(tokens[:count]),
-            finish_reason=finish_reason,
-        )
+            self._table.apply(request, EngineEvent.HOLD)
+        return Committed(request, offset, tuple(tokens[:count]), finish_reason)
+
+    def check_integrity(self) -> None:
+        """Verify the bookkeeping of requests and blocks; raises ``AssertionError``."""
+        self.blocks.check_integrity()
+        self._table.check_integrity()
+        if self._swap is not None:
+            self._swap.check_integrity()
+        for key, request in self._table.by_key.items():
+            is_swapped = request.state is EngineState.SWAPPED
+            assert not (is_swapped and self.blocks.owns(key)), f"{key} is swapped and owns blocks"
+            assert is_swapped == (self._swap is not None and self._swap.owns(key)), (
+                f"{key} is {request.state}; its host blocks say otherwise"
+            )
 
     # -- helpers
 
@@ -269,22 +301,29 @@ class IterationScheduler:
         is_exporting: bool = False,
         state: EngineState = EngineState.WAITING,
     ) -> EngineRequest:
+        sampling = request.sampling
+        end_token_ids = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            end_token_ids |= self._eos_token_ids
         started = EngineRequest(
             request=request,
             arrival=self._arrivals,
             root=self._root(request),
+            end_token_ids=end_token_ids,
+            max_num_tokens=min(
+                len(request.prompt_token_ids) + sampling.max_tokens, self.limits.max_model_len
+            ),
             prefill_only=prefill_only,
             is_exporting=is_exporting,
             state=state,
         )
         self._arrivals += 1
-        self._requests[request.key] = started
+        self._table.add(started)
         return started
 
     def _register(self, request: EngineRequest) -> None:
         """Put blocks that have become full into the prefix cache."""
-        num_full = request.num_computed_tokens // self.blocks.block_size
-        if not self._enable_prefix_cache or num_full == request.num_registered_blocks:
+        if not self._enable_prefix_cache:
             return
         keys = request.full_block_keys(request.num_computed_tokens, self.blocks.block_size)
         for index in range(request.num_registered_blocks, len(keys)):
@@ -295,9 +334,10 @@ class IterationScheduler:
         self, key: RequestKey, event: EngineEvent, *, discard: bool = False
     ) -> list[int] | None:
         """Take a started attempt out; its discarded blocks, ``None`` if it is unknown."""
-        request = self._requests.get(key)
+        request = self._table.by_key.get(key)
         if request is None:
             return None
-        request.apply(event)
-        del self._requests[key]
+        self._table.apply(request, event)
+        if self._swap is not None and self._swap.owns(key):
+            self._swap.free(key)
         return self.blocks.free(key, discard=discard) if self.blocks.owns(key) else []

@@ -2,12 +2,18 @@
 
 from dataclasses import dataclass
 
-DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1, "fp8": 1}
+SCALE_BYTES = {"int8": 2, "fp8": 2}
+"""Of a token's key or value in one head, where numbers are stored with scales."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """Shape of one layer's keys and values; layers of one model may differ."""
+    """Shape of one layer's keys and values; layers of one model may differ.
+
+    Both have ``head_dim`` numbers: values narrower than the keys (multi-head latent attention) are
+    stored with zeros behind them.
+    """
 
     num_kv_heads: int
     head_dim: int
@@ -19,8 +25,9 @@ class KVLayout:
 
     A block is head-major (head, then key or value, then token, then dimension), so the bytes of
     a range of heads of one block are contiguous. Blocks of several ids are exported one after the
-    other in the order asked for. ``dtype`` is ``bf16``, ``fp16`` or ``fp32``. All ranges are
-    half-open.
+    other in the order asked for. ``dtype`` is ``bf16``, ``fp16`` or ``fp32``, or with scales, which
+    lie behind the numbers of each head of a block (``shared.kvcache.codec``), ``int8`` or ``fp8``.
+    All ranges are half-open.
     """
 
     layers: tuple[LayerKV, ...]
@@ -59,9 +66,15 @@ class KVLayout:
         """Bytes of one number."""
         return DTYPE_BYTES[self.dtype]
 
+    @property
+    def has_scales(self) -> bool:
+        """Whether blocks have scales, and are read by a codec instead of as plain tensors."""
+        return self.dtype in SCALE_BYTES
+
     def head_bytes(self, layer: int) -> int:
         """Bytes of one KV head of one block of ``layer`` (keys and values)."""
-        return 2 * self.block_size * self.layers[layer].head_dim * self.itemsize
+        token_bytes = self.layers[layer].head_dim * self.itemsize + SCALE_BYTES.get(self.dtype, 0)
+        return 2 * self.block_size * token_bytes
 
     def block_bytes(self, layer: int) -> int:
         """Bytes of one block of ``layer``, all heads."""

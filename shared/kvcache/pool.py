@@ -1,6 +1,6 @@
 """The bytes of KV blocks: one pool a layer, and copies of blocks in and out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -8,24 +8,43 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import OutOfMemory
+from shared.kvcache.codec import KVCodec, make_codec, storage_dtype
 from shared.kvcache.layout import KVLayout, LayerKV
-
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from shared.kvcache.storage import make_storage
 
 
 class LayerPool:
     """KV of one layer: ``tensor`` ``[num_blocks, num_kv_heads, 2, block_size, head_dim]``.
 
-    Starts zeroed, for whatever is in a block must be finite: masked or not, a NaN spreads.
+    With scales it is ``[num_blocks, num_kv_heads, head_bytes]`` uint8, for the codec to read.
+    New blocks are zeroed, for whatever is in a block must be finite: masked or not, a NaN spreads.
+    ``tensor`` is another one after ``resize``; ``capacity_blocks`` is what that is made cheap for.
     """
 
     def __init__(
-        self, shape: LayerKV, num_blocks: int, block_size: int, dtype: str, device: torch.device
+        self,
+        shape: LayerKV,
+        codec: KVCodec,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        capacity_blocks: int,
     ) -> None:
-        size = (num_blocks, shape.num_kv_heads, 2, block_size, shape.head_dim)
         self.shape = shape
+        self.num_blocks = 0
+        self._inner = codec.block_shape(shape)
+        self._dtype = dtype
+        self.block_bytes = int(np.prod(self._inner)) * self._dtype.itemsize
+        self._storage = make_storage(device, capacity_blocks * self.block_bytes)
+        self.tensor = self._view(self._storage.resize(0))
+
+    def resize(self, num_blocks: int) -> None:
+        """Keep the first ``num_blocks`` blocks, and add zeroed ones if there are fewer.
+
+        Raises ``torch.OutOfMemoryError`` or ``MemoryError`` and changes nothing.
+        """
+        self.tensor = self._view(self._storage.resize(num_blocks * self.block_bytes))
         self.num_blocks = num_blocks
-        self.tensor = _zeros(size, TORCH_DTYPES[dtype], device)
 
     def export_blocks(self, block_ids: Sequence[int], head_lo: int, head_hi: int) -> Tensor:
         """Copy on the device: ``[len(block_ids), num_heads, 2, block_size, head_dim]``."""
@@ -37,7 +56,8 @@ class LayerPool:
     ) -> None:
         """Overwrite blocks with what ``export_blocks`` gives, from any device."""
         ids = self._ids(block_ids, head_lo, head_hi)
-        self.tensor[:, head_lo:head_hi].index_copy_(0, ids, blocks.to(self.tensor.device))
+        blocks = blocks.to(self.tensor.device, non_blocking=True)
+        self.tensor[:, head_lo:head_hi].index_copy_(0, ids, blocks)
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Overwrite whole blocks by others of this pool; all are read before any is written."""
@@ -46,6 +66,9 @@ class LayerPool:
     def zero_blocks(self, block_ids: Sequence[int]) -> None:
         """Overwrite whole blocks by zeros."""
         self.tensor[list(block_ids)] = 0
+
+    def _view(self, data: Tensor) -> Tensor:
+        return data.view(self._dtype).view(-1, *self._inner)
 
     def _ids(self, block_ids: Sequence[int], head_lo: int, head_hi: int) -> Tensor:
         if not 0 <= head_lo <= head_hi <= self.shape.num_kv_heads:
@@ -58,24 +81,77 @@ class LayerPool:
 class KVPool:
     """The KV of all layers of one engine, in ``layout``, for ``num_blocks`` block ids.
 
-    Layers are pools of their own, so that one can be given away without the others. Owned by the
+    Layers are pools of their own, so that one can be given away without the others. All that are
+    attached have the same block ids; a released one has none. Memory is given back and taken in
+    slabs: the highest ids in all layers, or all ids of one layer. Together the layers never take
+    more than ``capacity_bytes``, which is ``capacity_blocks`` blocks in all layers; what is not
+    taken is the reserve. ``version`` changes whenever some layer's ``tensor`` does. Owned by the
     engine's thread. Raises ``OutOfMemory`` if the device cannot hold it.
     """
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        device: torch.device,
+        *,
+        capacity_blocks: int | None = None,
+    ) -> None:
+        capacity_blocks = num_blocks if capacity_blocks is None else capacity_blocks
         self.layout = layout
-        self.num_blocks = num_blocks
+        self.num_blocks = 0
         self.device = device
-        try:
-            self.layers = [
-                LayerPool(layer, num_blocks, layout.block_size, layout.dtype, device)
-                for layer in layout.layers
-            ]
-        except (torch.OutOfMemoryError, MemoryError) as exc:
-            raise OutOfMemory(
-                f"{num_blocks} KV blocks are {num_blocks * layout.block_bytes_all_layers} bytes, "
-                f"which {device} does not have: {exc}"
-            ) from exc
+        self.capacity_bytes = capacity_blocks * layout.block_bytes_all_layers
+        self.version = 0
+        self.codec = make_codec(layout)
+        dtype = storage_dtype(layout)
+        self.layers = [
+            LayerPool(layer, self.codec, dtype, device, capacity_blocks=capacity_blocks)
+            for layer in layout.layers
+        ]
+        self._attached = set(range(layout.num_layers))
+        self.grow(num_blocks)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What the blocks of all attached layers take."""
+        return sum(layer.num_blocks * layer.block_bytes for layer in self.layers)
+
+    def is_attached(self, layer: int) -> bool:
+        """Whether ``layer`` has its blocks here."""
+        return layer in self._attached
+
+    # -- slabs
+
+    def grow(self, num_blocks: int) -> None:
+        """Add ``num_blocks`` zeroed blocks behind the highest id, in every attached layer.
+
+        Raises ``OutOfMemory``, naming the numbers, and changes nothing.
+        """
+        self._resize(self._attached, self.num_blocks + num_blocks)
+        self.num_blocks += num_blocks
+
+    def give_back(self, num_blocks: int) -> None:
+        """Return the memory of the ``num_blocks`` highest ids, in every attached layer."""
+        if not 0 <= num_blocks < self.num_blocks:
+            raise ValueError(f"{num_blocks} of {self.num_blocks} blocks cannot be given back")
+        self._resize(self._attached, self.num_blocks - num_blocks)
+        self.num_blocks -= num_blocks
+
+    def release_layer(self, layer: int) -> None:
+        """Return the memory of ``layer``, whose KV is somewhere else from now on."""
+        self._layer(layer)
+        self._resize({layer}, 0)
+        self._attached.remove(layer)
+
+    def attach_layer(self, layer: int) -> None:
+        """Give ``layer``, which was released, zeroed blocks again; raises ``OutOfMemory``."""
+        if not 0 <= layer < len(self.layers) or layer in self._attached:
+            raise ValueError(f"layer {layer} of {len(self.layers)} is attached or does not exist")
+        self._resize({layer}, self.num_blocks)
+        self._attached.add(layer)
+
+    # -- copies
 
     def export_blocks(
         self, layer: int, block_ids: Sequence[int], head_lo: int = 0, head_hi: int | None = None
@@ -120,27 +196,52 @@ class KVPool:
         )
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy ``(source, target)`` blocks in all layers, one pair after the other."""
-        for source, target in copies:
-            for layer in self.layers:
-                layer.copy_blocks([source], [target])
+        """Copy ``(source, target)`` blocks in all layers, as if one pair after the other."""
+        sources, targets = {source for source, _ in copies}, {target for _, target in copies}
+        # Where no copy reads or writes what another writes, their order does not matter.
+        is_free = len(targets) == len(copies) and not sources & targets
+        for batch in [copies] if is_free and copies else [[pair] for pair in copies]:
+            for layer in self._attached_layers():
+                layer.copy_blocks([source for source, _ in batch], [target for _, target in batch])
 
     def zero_blocks(self, block_ids: Sequence[int]) -> None:
         """Overwrite blocks by zeros in all layers."""
         if block_ids:
-            for layer in self.layers:
+            for layer in self._attached_layers():
                 layer.zero_blocks(block_ids)
+
+    def _attached_layers(self) -> list[LayerPool]:
+        return [self.layers[layer] for layer in sorted(self._attached)]
 
     def _layer(self, layer: int) -> LayerPool:
         if not 0 <= layer < len(self.layers):
             raise ValueError(f"layer {layer} of {len(self.layers)}")
+        if layer not in self._attached:
+            raise ValueError(f"layer {layer} has been released")
         return self.layers[layer]
 
-
-def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(size, dtype=dtype, device=device)
-    # Zero pages straight from the system, which takes them when they are first written; torch's
-    # own zeros would touch the whole pool at once.
-    num_bytes = int(np.prod(size)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(size)
+    def _resize(self, layers: Iterable[int], num_blocks: int) -> None:
+        """Make all of ``layers`` that size, or none."""
+        pools = [self.layers[layer] for layer in layers]
+        sizes = [pool.num_blocks for pool in pools]
+        needed_bytes = self.allocated_bytes + sum(
+            (num_blocks - size) * pool.block_bytes for pool, size in zip(pools, sizes, strict=True)
+        )
+        if needed_bytes > max(self.capacity_bytes, self.allocated_bytes):
+            raise OutOfMemory(
+                f"{num_blocks} KV blocks in {len(pools)} layers make {needed_bytes} bytes; "
+                f"{self.capacity_bytes} are set aside for KV on {self.device}"
+            )
+        try:
+            for pool in pools:
+                pool.resize(num_blocks)
+        except (torch.OutOfMemoryError, MemoryError) as exc:
+            for pool, size in zip(pools, sizes, strict=True):
+                if pool.num_blocks != size:
+                    pool.resize(size)
+            raise OutOfMemory(
+                f"{num_blocks} KV blocks make {needed_bytes} bytes, "
+                f"which {self.device} does not have: {exc}"
+            ) from exc
+        finally:
+            self.version += 1

@@ -1,6 +1,7 @@
 """How many blocks a KV pool gets."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +11,15 @@ from shared.kvcache.layout import KVLayout
 
 DEFAULT_FRACTION = {"cuda": 0.9, "cpu": 0.3}
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolSize:
+    """Blocks of a pool at its start, and what it may grow to; blocks of the host for swapping."""
+
+    num_blocks: int
+    capacity_blocks: int
+    num_swap_blocks: int = 0
 
 
 def device_memory_bytes(device: torch.device) -> int:
@@ -22,7 +32,7 @@ def device_memory_bytes(device: torch.device) -> int:
     return total
 
 
-def resolve_num_blocks(
+def resolve_pool_size(
     layout: KVLayout,
     device: torch.device,
     *,
@@ -30,16 +40,22 @@ def resolve_num_blocks(
     num_blocks: int | None = None,
     kv_cache_bytes: int | None = None,
     memory_fraction: float | None = None,
-) -> int:
-    """Blocks of a pool beside ``param_bytes`` of weights: the first setting that is given counts.
+    migration_reserve: float = 0.0,
+    swap_bytes: int = 0,
+) -> PoolSize:
+    """Size of a pool beside ``param_bytes`` of weights: the first size that is given counts.
 
-    Raises ``OutOfMemory`` if that is less than one block, or more than the device has at all.
+    Of that ``migration_reserve`` is left unallocated, but for one block. Raises ``OutOfMemory``,
+    naming the numbers, if that is less than one block, or if all of it together is more than the
+    device, or for swapping the host, has at all.
     """
     total_bytes = device_memory_bytes(device)
     block_bytes = layout.block_bytes_all_layers
     if num_blocks is None:
         if kv_cache_bytes is None:
-            fraction = memory_fraction or DEFAULT_FRACTION[device.type]
+            fraction = memory_fraction
+            if fraction is None:
+                fraction = DEFAULT_FRACTION[device.type]
             kv_cache_bytes = int(total_bytes * fraction) - param_bytes
             origin = f"{fraction:.2f} of {total_bytes} bytes less {param_bytes} of weights"
         else:
@@ -53,4 +69,23 @@ def resolve_num_blocks(
             f"{num_blocks} KV blocks of {block_bytes} bytes and {param_bytes} bytes of weights "
             f"are {needed_bytes} bytes; {device} has {total_bytes}"
         )
-    return num_blocks
+    return PoolSize(
+        num_blocks=max(1, int(num_blocks * (1.0 - migration_reserve))),
+        capacity_blocks=num_blocks,
+        num_swap_blocks=_swap_blocks(
+            swap_bytes, block_bytes, needed_bytes if device.type == "cpu" else 0
+        ),
+    )
+
+
+def _swap_blocks(swap_bytes: int, block_bytes: int, host_bytes: int) -> int:
+    """Host blocks in ``swap_bytes``, beside ``host_bytes`` that the host has to hold anyway."""
+    if 0 < swap_bytes < block_bytes:
+        raise OutOfMemory(f"no KV block of {block_bytes} bytes fits into swap_bytes {swap_bytes}")
+    total_bytes = device_memory_bytes(torch.device("cpu"))
+    if swap_bytes + host_bytes > total_bytes:
+        raise OutOfMemory(
+            f"swap_bytes {swap_bytes} and {host_bytes} bytes of weights and KV are more than the "
+            f"{total_bytes} bytes of the host"
+        )
+    return swap_bytes // block_bytes

@@ -135,6 +135,58 @@ def test_truncating_gives_back_the_end() -> None:
     assert blocks.num_free_blocks == 7
 
 
+def test_given_up_blocks_move_to_lower_ids_with_their_keys_and_owners() -> None:
+    blocks = _manager(num_blocks=8)
+    blocks.create("low")
+    blocks.allocate("low", 3)
+    blocks.create("a")
+    table = list(blocks.allocate("a", 3))
+    blocks.register("a", 0, b"k")
+    blocks.fork("a", "child", 2)
+    blocks.free("low")
+    moves = blocks.shrink(3)
+    assert blocks.num_blocks == 5
+    assert [source for source, _ in moves] == [block for block in table if block >= 5]
+    moved = [dict(moves).get(block, block) for block in table]
+    assert list(blocks.block_table("a")) == moved
+    assert list(blocks.block_table("child")) == moved[:2]
+    assert blocks.num_free_blocks == 2
+    blocks.check_integrity()
+    blocks.create("b")
+    assert blocks.adopt("b", [b"k"]) == 1
+    assert blocks.block_table("b") == moved[:1]
+    blocks.grow(3)
+    assert (blocks.num_blocks, blocks.num_free_blocks) == (8, 5)
+    blocks.check_integrity()
+
+
+def test_only_what_is_free_is_given_up() -> None:
+    blocks = _manager(num_blocks=4)
+    blocks.create("a")
+    blocks.allocate("a", 2)
+    with pytest.raises(OutOfBlocks) as caught:
+        blocks.shrink(3)
+    assert (caught.value.needed, caught.value.free) == (3, 2)
+    with pytest.raises(ValueError, match="4 of 4"):
+        blocks.shrink(4)
+    assert blocks.num_blocks == 4
+    blocks.check_integrity()
+
+
+def test_cached_content_makes_way_for_what_somebody_owns() -> None:
+    blocks = _manager(num_blocks=4)
+    blocks.create("a")
+    blocks.allocate("a", 2)
+    blocks.register("a", 0, b"k0")
+    blocks.register("a", 1, b"k1")
+    blocks.free("a")
+    blocks.create("b")
+    blocks.allocate("b", 2)
+    assert blocks.shrink(2) == [(2, 1), (3, 0)]
+    assert blocks.count_cached([b"k0"]) == (0, 0)
+    blocks.check_integrity()
+
+
 def test_ten_thousand_random_operations_keep_every_invariant() -> None:
     rng = random.Random(7)
     blocks = BlockManager(12, block_size=4)
@@ -142,8 +194,22 @@ def test_ten_thousand_random_operations_keep_every_invariant() -> None:
     keys = [bytes([i]) for i in range(40)]
     names = iter(range(100_000))
 
+    def resize() -> None:
+        if blocks.num_blocks < 12:
+            blocks.grow(12 - blocks.num_blocks)
+            return
+        count = rng.randint(1, 4)
+        tables = {owner: list(blocks.block_table(owner)) for owner in owners}
+        moves = dict(blocks.shrink(count))
+        assert all(source >= blocks.num_blocks > target for source, target in moves.items())
+        for owner, table in tables.items():
+            assert list(blocks.block_table(owner)) == [moves.get(b, b) for b in table]
+
     def operate() -> None:
-        choice = rng.randrange(9)
+        choice = rng.randrange(10)
+        if choice == 9:
+            resize()
+            return
         if choice <= 1 or not owners:
             newcomer = next(names)
             blocks.create(newcomer)
@@ -185,4 +251,4 @@ def test_ten_thousand_random_operations_keep_every_invariant() -> None:
     for owner in owners:
         blocks.free(owner)
     blocks.check_integrity()
-    assert blocks.num_free_blocks == 12
+    assert blocks.num_free_blocks == blocks.num_blocks

@@ -13,6 +13,7 @@ from shared.core.engine_request import (
     transition,
 )
 from shared.core.iteration import Committed, IterationScheduler
+from shared.core.preemption import PreemptionKind
 from shared.core.request import FinishReason, Request, RequestKey, SamplingParams
 from shared.errors import ContextLengthExceeded, InvalidRequest, LifecycleError, OutOfBlocks
 
@@ -171,7 +172,7 @@ def test_the_latest_is_preempted_and_its_output_is_kept_and_not_emitted_again() 
     preempted: list[str] = []
     for _ in range(30):
         plan, committed = _step(scheduler)
-        preempted += [key.request_id for key in plan.preempted]
+        preempted += [key.request_id for key, _ in plan.preempted]
         for item in committed:
             emitted[item.request.key.request_id].append((item.offset, len(item.token_ids)))
     assert preempted == ["b"]
@@ -187,8 +188,8 @@ def test_the_only_request_waits_when_others_hold_the_pool() -> None:
     _step(scheduler)
     plan = scheduler.plan()
     assert plan.chunks == ()
-    assert plan.preempted == (_key("a"),)
-    assert scheduler.plan() == Plan(chunks=(), block_copies=(), preempted=())
+    assert plan.preempted == ((_key("a"), PreemptionKind.RECOMPUTE),)
+    assert scheduler.plan() == Plan()
     assert scheduler.release(_key("reserved"))
     plan, committed = _step(scheduler)
     assert _shape(plan) == [("a", 8, 9, True)]  # the first two blocks were still cached
