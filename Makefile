@@ -30,7 +30,7 @@ format: $(STAMP) ## put the source into its form
 
 bench: $(STAMP) ## run the short benchmarks, each prints JSON (minutes; an idle machine)
 	@$(BIN)/python -m bench.ttft
-	@$(BIN)/python -m bench.engine --model models/tiny-chat
+	@$(BIN)/python -m bench.engine --model models/tiny-chat --json -
 	@$(BIN)/python -m bench.micro.bus
 	@$(BIN)/python -m bench.micro.transport
 	@$(BIN)/python -m bench.micro.tokenizer
@@ -40,10 +40,12 @@ docs: $(STAMP) ## regenerate the pages that are made from the source
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f shared/engine/native/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# The kernels of the CPU are compiled here too, where there is a C compiler.
 # editable_mode=compat puts this folder itself on the path, so that new packages need no reinstall.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard shared/engine/native/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
 		echo "Banyan needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 			"Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }

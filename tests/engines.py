@@ -108,7 +108,7 @@ class Reference:
 
     def __init__(self, path: Path) -> None:
         self._model: Any = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=torch.float32, attn_implementation="sdpa"
+            str(path), dtype=torch.float32, attn_implementation="eager"
         )
 
     @torch.inference_mode()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shared.engine.plain_attention import attend
 from shared.kvcache.pool import KVPool
 
 
@@ -27,12 +28,16 @@ class AttentionBackend(Protocol):
         *,
         scaling: float,
         batch: "AttentionBatch",
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention of one layer.
 
         ``query`` is ``[num_tokens, num_heads, head_dim]``, ``key`` and ``value``
         ``[num_tokens, num_kv_heads, head_dim]``; the result has the shape of ``query``. Each token
-        sees those of its own request up to itself, within the layer's sliding window.
+        sees those of its own request up to itself, within the layer's sliding window. ``softcap``
+        and ``sinks`` (``shared.engine.plain_attention``) are passed only for models whose
+        ``ModelSpec.attention_features`` name them, and a backend may do without.
         """
         ...
 
@@ -91,6 +96,21 @@ class _Prepared:
     prefills: tuple[_Prefill, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Extras:
+    """What ``scaled_dot_product_attention`` cannot do."""
+
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def are_there(self) -> bool:
+        return self.softcap is not None or self.sinks is not None
+
+
+PLAIN = _Extras(None, None)
+
+
 class TorchAttention:
     """``AttentionBackend`` in plain torch, on CPU and CUDA alike.
 
@@ -99,12 +119,18 @@ class TorchAttention:
 
     def __init__(self, pool: KVPool, sliding_windows: Sequence[int | None]) -> None:
         self._pool = pool
+        self._codec = pool.codec
         self._block_size = pool.layout.block_size
         self._windows = tuple(sliding_windows)
 
-    def prepare(self, batch: AttentionBatch) -> dict[int | None, _Prepared]:
-        """What depends on the batch and a window but on no layer."""
-        return {window: self._prepare(batch, window) for window in set(self._windows)}
+    def prepare(
+        self, batch: AttentionBatch, *, with_decodes: bool = True
+    ) -> dict[int | None, _Prepared]:
+        """What depends on the batch and a window but on no layer.
+
+        Without decodes their rows of the result are left undefined, for another backend to fill.
+        """
+        return {window: self._prepare(batch, window, with_decodes) for window in set(self._windows)}
 
     def forward(
         self,
@@ -115,31 +141,64 @@ class TorchAttention:
         *,
         scaling: float,
         batch: AttentionBatch,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """See ``AttentionBackend``."""
+        extras = _Extras(softcap, sinks)
+        return self.attend(layer, query, key, value, scaling, batch, batch.state, extras)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        batch: AttentionBatch,
+        state: dict[int | None, _Prepared],
+        extras: _Extras = PLAIN,
+    ) -> Tensor:
+        """``forward`` on what ``prepare`` made of the batch."""
         cache = self._pool.layers[layer].tensor
         blocks = batch.slot_mapping // self._block_size
         offsets = batch.slot_mapping % self._block_size
-        cache[blocks, :, 0, offsets] = key
-        cache[blocks, :, 1, offsets] = value
-        prepared: _Prepared = batch.state[self._windows[layer]]
+        # What is attended to is what a later chunk or a resumed request will find in the cache.
+        key, value = self._codec.write(cache, blocks, offsets, key, value)
+        prepared = state[self._windows[layer]]
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         for decodes in prepared.decodes:
-            output[decodes.rows] = self._decode(cache, query[decodes.rows], decodes, scaling)
+            output[decodes.rows] = self._decode(
+                cache, query[decodes.rows], decodes, scaling, extras
+            )
         for prefill in prepared.prefills:
             rows = slice(prefill.row_lo, prefill.row_hi)
             output[rows] = self._prefill(
-                cache, query[rows], key[rows], value[rows], prefill, scaling
+                cache, query[rows], key[rows], value[rows], prefill, scaling, extras
             )
         return output
 
-    def _decode(self, cache: Tensor, query: Tensor, decodes: _Decodes, scaling: float) -> Tensor:
+    def _decode(
+        self, cache: Tensor, query: Tensor, decodes: _Decodes, scaling: float, extras: _Extras
+    ) -> Tensor:
         num_seqs, num_heads, head_dim = query.shape
         num_kv_heads = cache.shape[1]
-        kv = self._gather(cache, decodes.block_ids).view(num_kv_heads, 2, num_seqs, -1, head_dim)
+        kv = self._codec.gather(cache, decodes.block_ids, query.dtype)
+        kv = kv.view(num_kv_heads, 2, num_seqs, -1, head_dim)
         keys, values = kv.unbind(1)  # [num_kv_heads, num_seqs, length, head_dim]
         # The query heads that share a KV head become the rows of one small matrix.
         grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        if extras.are_there:
+            output = attend(
+                grouped.unsqueeze(3),
+                keys.transpose(0, 1),
+                values.transpose(0, 1),
+                mask=decodes.mask.unsqueeze(1),
+                scale=scaling,
+                softcap=extras.softcap,
+                sinks=extras.sinks,
+            )
+            return output.reshape(num_seqs, num_heads, head_dim)
         output = functional.scaled_dot_product_attention(
             grouped,
             keys.transpose(0, 1),
@@ -157,11 +216,26 @@ class TorchAttention:
         value: Tensor,
         prefill: _Prefill,
         scaling: float,
+        extras: _Extras,
     ) -> Tensor:
         if prefill.mask is None:
             keys, values = key.transpose(0, 1), value.transpose(0, 1)
         else:
-            keys, values = self._gather(cache, prefill.block_ids).unbind(1)
+            keys, values = self._codec.gather(cache, prefill.block_ids, query.dtype).unbind(1)
+        if extras.are_there:
+            mask = prefill.mask
+            if mask is None:
+                mask = torch.ones(len(key), len(key), dtype=torch.bool, device=key.device).tril()
+            output = attend(
+                query.transpose(0, 1).reshape(1, keys.shape[0], -1, *query.shape[::2]),
+                keys.unsqueeze(0),
+                values.unsqueeze(0),
+                mask=mask,
+                scale=scaling,
+                softcap=extras.softcap,
+                sinks=extras.sinks,
+            )
+            return output.flatten(0, 2).transpose(0, 1)
         output = functional.scaled_dot_product_attention(
             query.transpose(0, 1).unsqueeze(0),
             keys.unsqueeze(0),
@@ -173,18 +247,13 @@ class TorchAttention:
         )
         return output[0].transpose(0, 1)
 
-    @staticmethod
-    def _gather(cache: Tensor, block_ids: Tensor) -> Tensor:
-        """Copy of blocks as ``[num_kv_heads, 2, len(block_ids) * block_size, head_dim]``."""
-        return cache.permute(1, 2, 0, 3, 4).index_select(2, block_ids).flatten(2, 3)
-
-    def _prepare(self, batch: AttentionBatch, window: int | None) -> _Prepared:
+    def _prepare(self, batch: AttentionBatch, window: int | None, with_decodes: bool) -> _Prepared:
         by_size: dict[int, list[int]] = {}
         prefills = []
         for index in range(len(batch.context_lens)):
             if batch.query_len(index) > 1:
                 prefills.append(self._prepare_prefill(batch, index, window))
-            else:
+            elif with_decodes:
                 # Of similar length only, so that padding at most doubles the work.
                 lo, hi = self._block_range(batch, index, window)
                 by_size.setdefault((hi - lo).bit_length(), []).append(index)

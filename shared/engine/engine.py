@@ -10,14 +10,17 @@ from shared.core.batch_plan import IterationLimits, OrderKey, Plan, first_come_f
 from shared.core.block_manager import BlockManager
 from shared.core.engine_request import EngineState
 from shared.core.iteration import Committed, IterationScheduler
+from shared.core.preemption import PreemptionCost, PreemptionKind, SwapSpace
 from shared.core.request import Request, RequestKey
-from shared.engine.attention import AttentionBackend, TorchAttention
+from shared.core.step_work import StepWork, work_of
+from shared.engine.attention import AttentionBackend
 from shared.engine.config import EngineConfig
 from shared.engine.model import ModelChain
 from shared.engine.outputs import EngineStats, KVSink, RequestOutput, Reservation, StepOutput
 from shared.engine.runner import ModelRunner, Sampled
 from shared.engine.spec import ModelSpec
 from shared.errors import EngineError, InvalidRequest
+from shared.kvcache.host_pool import HostPool
 from shared.kvcache.layout import KVLayout
 from shared.kvcache.pool import KVPool
 
@@ -34,6 +37,9 @@ class Engine:
     after each layer of each chunk: per layer each block exactly once, full ones as soon as they
     are full, with the last chunk the partial last one too; cached prefix blocks included. An error
     raised by the sink fails the request whose KV it was given. It may be changed between steps.
+
+    With a ``host_pool`` a preempted request keeps its KV there if ``preemption_cost`` says that
+    this is cheaper than computing it again; without a cost always, while there is room.
     """
 
     def __init__(
@@ -45,12 +51,15 @@ class Engine:
         kv_sink: KVSink | None = None,
         order: OrderKey = first_come_first_served,
         backend: AttentionBackend | None = None,
+        host_pool: HostPool | None = None,
+        preemption_cost: PreemptionCost | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec: ModelSpec = chain.spec
         self.layout: KVLayout = pool.layout
+        self._block_bytes = pool.layout.block_bytes_all_layers
         self.pool = pool
-        self.num_blocks = pool.num_blocks
+        self._host_pool = host_pool
         self.device = chain.device
         self.max_model_len = min(
             config.max_model_len or self.spec.max_model_len,
@@ -58,7 +67,11 @@ class Engine:
             pool.num_blocks * pool.layout.block_size,
         )
         self.kv_sink = kv_sink
+        self._expert_load = chain.expert_load
         self._now_s = now_s
+        self._swap = None
+        if host_pool is not None:
+            self._swap = SwapSpace(host_pool.num_blocks, pool.layout.block_size, preemption_cost)
         self._scheduler = IterationScheduler(
             IterationLimits(
                 max_num_seqs=config.max_num_seqs,
@@ -70,15 +83,19 @@ class Engine:
             fingerprint=self.spec.fingerprint,
             enable_prefix_cache=config.enable_prefix_cache,
             order=order,
+            batching=config.batching,
+            swap=self._swap,
         )
-        self._runner = ModelRunner(
-            chain, pool, backend or TorchAttention(pool, self.spec.sliding_windows)
-        )
+        self._runner = ModelRunner(chain, pool, backend or chain.attention(pool))
         self._step = 0
         self._total_prefill_tokens = 0
         self._total_decode_tokens = 0
         self._total_cached_tokens = 0
         self._total_failed = 0
+        self._total_swapped_out_blocks = 0
+        self._total_swapped_in_blocks = 0
+        self._total_prefill_pad_tokens = 0
+        self._total_decode_pad_tokens = 0
 
     # -- requests that begin here
 
@@ -230,15 +247,19 @@ class Engine:
         A request whose computation fails ends with an ``error`` while the others go on. Raises
         ``EngineError`` if the device itself has failed; the engine is unusable then.
         """
+        started_s = time.perf_counter()
         plan = self._next_plan()
         if plan is None:
             return None
-        started_s = time.perf_counter()
+        work = work_of(plan.computed)
         self._step += 1
-        self.pool.copy_blocks(plan.block_copies)
-        results, errors = self._runner.run_isolated(plan.chunks, self.kv_sink)
-        outputs = [self._fail(key, error) for key, error in errors.items()]
-        self._count(plan, errors)
+        results, errors = self._runner.run_isolated(plan.computed, self.kv_sink)
+        outputs = [
+            self._fail(key, error)
+            for key, error in errors.items()
+            if self._scheduler.get(key) is not None  # padding is nobody's
+        ]
+        self._count(plan, work, errors)
         committed = self._scheduler.commit(
             plan, {key: result.token_ids for key, result in results.items()}
         )
@@ -246,21 +267,23 @@ class Engine:
             outputs.append(_output(item, results[item.request.key]))
             if item.offset == len(item.request.request.output_token_ids):
                 self._total_cached_tokens += item.request.num_cached_tokens
-        num_batched_tokens = sum(chunk.end - chunk.start for chunk in plan.chunks)
         return StepOutput(
             step=self._step,
             outputs=tuple(outputs),
-            stats=self.stats(num_batched_tokens, time.perf_counter() - started_s),
+            stats=self.stats(work.num_batched_tokens, time.perf_counter() - started_s, work),
         )
 
-    def stats(self, num_batched_tokens: int = 0, step_s: float = 0.0) -> EngineStats:
+    def stats(
+        self, num_batched_tokens: int = 0, step_s: float = 0.0, work: StepWork | None = None
+    ) -> EngineStats:
         """The state now, with the numbers of a step if it is for one."""
-        scheduler = self._scheduler
+        scheduler, block_bytes = self._scheduler, self._block_bytes
         return EngineStats(
             num_running=scheduler.count(EngineState.RUNNING),
             num_waiting=scheduler.count(EngineState.WAITING),
             num_held=scheduler.count(EngineState.HELD),
             num_reserved=scheduler.count(EngineState.RESERVED),
+            num_swapped=scheduler.count(EngineState.SWAPPED),
             num_blocks=self.num_blocks,
             num_free_blocks=scheduler.blocks.num_free_blocks,
             num_cached_blocks=scheduler.blocks.num_cached_blocks,
@@ -271,25 +294,81 @@ class Engine:
             total_cached_tokens=self._total_cached_tokens,
             total_preemptions=scheduler.num_preemptions,
             total_failed=self._total_failed,
+            total_swap_preemptions=scheduler.preemptions[PreemptionKind.SWAP],
+            total_swapped_out_bytes=self._total_swapped_out_blocks * block_bytes,
+            total_swapped_in_bytes=self._total_swapped_in_blocks * block_bytes,
+            total_prefill_pad_tokens=self._total_prefill_pad_tokens,
+            total_decode_pad_tokens=self._total_decode_pad_tokens,
+            work=work or StepWork(),
         )
+
+    def expert_load(self) -> dict[int, tuple[int, ...]]:
+        """Tokens given to each expert since the start, by layer; empty for a dense model.
+
+        Only asking waits for the device. A token that is computed again counts again.
+        """
+        return self._expert_load.tokens_per_expert()
 
     def state_of(self, key: RequestKey) -> EngineState | None:
         """The state of an attempt, ``None`` if it is not known (any more)."""
         return self._scheduler.state_of(key)
 
     def check_integrity(self) -> None:
-        """Verify the block bookkeeping; raises ``AssertionError``."""
-        self._scheduler.blocks.check_integrity()
+        """Verify the bookkeeping of requests and blocks; raises ``AssertionError``."""
+        self._scheduler.check_integrity()
+        assert self._scheduler.blocks.num_blocks == self.pool.num_blocks, "ids without blocks"
+
+    # -- memory
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool now."""
+        return self.pool.num_blocks
+
+    def give_back_blocks(self, num_blocks: int) -> None:
+        """Return the memory of ``num_blocks`` blocks; what is in them moves to others.
+
+        Raises ``OutOfBlocks`` and changes nothing unless as many are free and what stays holds a
+        request of ``max_model_len`` tokens.
+        """
+        self.pool.copy_blocks(self._scheduler.shrink(num_blocks))
+        self.pool.give_back(num_blocks)
+
+    def grow_blocks(self, num_blocks: int) -> None:
+        """Add blocks out of the pool's reserve; raises ``OutOfMemory`` and changes nothing."""
+        self.pool.grow(num_blocks)
+        self._scheduler.blocks.grow(num_blocks)
+
+    def set_prefill_cost(self, prefill_s: Callable[[int], float]) -> None:
+        """From now on swap only where that is predicted to be faster than computing again.
+
+        ``prefill_s(num_tokens)`` is a pure function; how fast blocks are copied was measured.
+        """
+        if self._host_pool is not None and self._swap is not None:
+            block_swap_s = self._host_pool.block_swap_s
+            self._swap.cost = PreemptionCost(
+                recompute_s=prefill_s, swap_s=lambda num_blocks: num_blocks * block_swap_s
+            )
 
     def _next_plan(self) -> Plan | None:
         while True:
             plan = self._scheduler.plan(self._now_s())
-            if plan.chunks:
+            self._copy_blocks(plan)
+            if plan.chunks or plan.pad_chunks:
                 return plan
             # All it did was to take blocks away, which may let others run. This ends: nobody
             # without blocks can lose them.
             if not plan.preempted:
                 return None
+
+    def _copy_blocks(self, plan: Plan) -> None:
+        if self._host_pool is not None:
+            self._host_pool.copy_out(plan.swap_out)
+        self.pool.copy_blocks(plan.block_copies)
+        if self._host_pool is not None:
+            self._host_pool.copy_in(plan.swap_in)
+        self._total_swapped_out_blocks += len(plan.swap_out)
+        self._total_swapped_in_blocks += len(plan.swap_in)
 
     def _fail(self, key: RequestKey, error: str) -> RequestOutput:
         request = self._scheduler.get(key)
@@ -300,14 +379,16 @@ class Engine:
         self._total_failed += 1
         return RequestOutput(key=key, offset=offset, token_ids=(), error=error)
 
-    def _count(self, plan: Plan, errors: dict[RequestKey, str]) -> None:
-        for chunk in plan.chunks:
-            if chunk.key in errors:
-                continue
-            if chunk.is_decode:
-                self._total_decode_tokens += 1
+    def _count(self, plan: Plan, work: StepWork, errors: dict[RequestKey, str]) -> None:
+        if errors or plan.pad_chunks:
+            work = work_of(chunk for chunk in plan.chunks if chunk.key not in errors)
+        self._total_decode_tokens += work.num_decode
+        self._total_prefill_tokens += work.num_prefill_tokens
+        for chunk in plan.pad_chunks:
+            if chunk.start > 0:
+                self._total_decode_pad_tokens += 1
             else:
-                self._total_prefill_tokens += chunk.end - chunk.start
+                self._total_prefill_pad_tokens += chunk.end
 
     def _check(self, request: Request, export: bool) -> None:
         if export and self.kv_sink is None:

@@ -1,16 +1,17 @@
 """What an engine gives back: tokens, statistics, exported KV."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.core.request import FinishReason, RequestKey, TokenLogprobs
+from shared.core.step_work import StepWork
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """New tokens of one request, or its end.
 
     ``token_ids`` start at output position ``offset`` (tokens of earlier attempts counted).
@@ -31,7 +32,13 @@ class RequestOutput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """State of an engine after a step; the ``total_`` fields count since its start."""
+    """State of an engine after a step; the ``total_`` fields count since its start.
+
+    ``total_preemptions`` counts those of both kinds, swapped or to be recomputed. The pad tokens
+    were computed for the shape of a static batch only: prompts up to the longest, rows of requests
+    that have ended. ``work`` is what the step computed and ``step_s`` how long it took, its
+    planning included.
+    """
 
     num_running: int
     num_waiting: int
@@ -47,6 +54,13 @@ class EngineStats:
     total_cached_tokens: int
     total_preemptions: int
     total_failed: int
+    num_swapped: int = 0
+    total_swap_preemptions: int = 0
+    total_swapped_out_bytes: int = 0
+    total_swapped_in_bytes: int = 0
+    total_prefill_pad_tokens: int = 0
+    total_decode_pad_tokens: int = 0
+    work: StepWork = field(default_factory=StepWork)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

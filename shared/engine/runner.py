@@ -151,8 +151,10 @@ class ModelRunner:
 
     def _sampling_row(self, chunk: Chunk) -> SamplingRow:
         request = chunk.request
+        params = request.request.sampling
         return SamplingRow(
-            params=request.request.sampling,
+            params=params,
             position=request.num_output_tokens,
             eos_token_ids=self._chain.spec.eos_token_ids,
+            token_counts=request.count_tokens() if params.has_penalties else None,
         )

@@ -6,25 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.core.randomness import uniform
-from shared.core.request import SamplingParams, TokenLogprobs
+from shared.core.request import TokenLogprobs
+from shared.engine.draw import draw, likeliest, log_mass
+from shared.engine.logit_adjustments import SamplingRow, adjust, to_device
 
-# Of the most likely tokens this many are looked at first for ``top_p``; a full sort of a large
-# vocabulary costs more than a decode step.
-NUCLEUS_CANDIDATES = 256
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingRow:
-    """How to sample one row of logits.
-
-    ``position`` is the index of the token among the request's output tokens; ``eos_token_ids``
-    cannot be sampled below ``min_tokens``, nor can the request's stop tokens.
-    """
-
-    params: SamplingParams
-    position: int
-    eos_token_ids: frozenset[int]
+__all__ = ["SampledBatch", "SampledRow", "SamplingRow", "sample", "sample_on_device"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,139 +22,115 @@ class SampledRow:
     error: str | None = None
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, slots=True)
+class SampledBatch:
+    """What was sampled, still on the device.
+
+    ``token_ids`` ``[num_rows]`` int64 are always in the vocabulary, so that the next step can be
+    started with them; ``is_valid`` ``[num_rows]`` says which were chosen from something.
+    ``logprobs`` ``[num_asking, 1 + 2 * most]`` fp64: the token's, the best ones', their ids;
+    ``num_logprobs`` says for each row how many best ones it asked for, if it did.
+    """
+
+    token_ids: Tensor
+    is_valid: Tensor
+    logprobs: Tensor | None
+    num_logprobs: Sequence[int | None]
+
+    def fetch(self) -> list[SampledRow]:
+        """The rows; waits for the device."""
+        packed = torch.where(self.is_valid, self.token_ids, -1 - self.token_ids)
+        logprobs = iter(() if self.logprobs is None else self.logprobs.tolist())
+        return [
+            _row(token, None if count is None else _token_logprobs(next(logprobs), count))
+            for token, count in zip(packed.tolist(), self.num_logprobs, strict=True)
+        ]
+
+
 def sample(
     logits: Tensor, rows: Sequence[SamplingRow], *, mask: Tensor | None = None
 ) -> list[SampledRow]:
+    """``sample_on_device``, brought back to the host."""
+    return sample_on_device(logits, rows, mask=mask).fetch()
+
+
+@torch.inference_mode()
+def sample_on_device(
+    logits: Tensor, rows: Sequence[SamplingRow], *, mask: Tensor | None = None
+) -> SampledBatch:
     """Choose one token a row of ``logits`` ``[num_rows, vocab_size]`` fp32 (left unchanged).
 
     ``mask`` (bool, same shape) is ``True`` where a token is allowed. A row's result depends on its
-    own logits, parameters and position only, not on the other rows: the random number is
-    ``uniform(seed, position)`` and picks by inversion of the cumulative distribution. Order: mask
-    and ``min_tokens``, temperature, ``top_k``, ``top_p`` (of what is left); ``logprobs`` are of
-    the distribution before any of these.
+    own logits, parameters, tokens and position only, not on the other rows: the random number is
+    ``uniform(seed, position)`` and picks by inversion of the cumulative distribution.
+
+    The order is vLLM's: ``mask``, ``min_tokens``, ``logit_bias``, ``repetition_penalty``,
+    ``frequency_penalty`` and ``presence_penalty``; if not greedy, ``temperature``, ``min_p``,
+    ``top_k`` and ``top_p`` (of what is left by then). ``logprobs`` are of the distribution before
+    any of these. Unlike there, tokens as likely as the last one that ``top_p`` keeps are kept too.
+
+    Nothing here waits for the device, except where it is a CPU and waiting costs nothing.
     """
-    scores = _forbid(logits, rows, mask)
-    best_scores, best = scores.max(dim=-1)
-    is_valid = torch.isfinite(best_scores).tolist()
-    chosen = best.clone()
-    for index in _random_groups(rows, is_valid):
-        group = torch.tensor(index, device=logits.device)
-        chosen[group] = _draw(scores[group], [rows[i] for i in index])
-    logprobs = _logprobs(logits, chosen, rows)
-    return [
-        SampledRow(token, logprobs.get(i))
-        if is_valid[i]
-        else SampledRow(token, error="the logits are not finite or no token is allowed")
-        for i, token in enumerate(chosen.tolist())
-    ]
+    adjusted = [i for i, row in enumerate(rows) if mask is not None or row.has_adjustments]
+    if len(adjusted) == len(rows) > 0:
+        scores = logits.clone() if mask is None else logits.masked_fill(~mask, -torch.inf)
+        adjust(scores, rows)
+        token_ids, best = _choose(scores, rows)
+    else:
+        token_ids, best = _choose(logits, rows, without=adjusted)
+        if adjusted:
+            place = to_device(torch.tensor(adjusted), logits.device)
+            scores = logits.index_select(0, place)
+            adjust(scores, [rows[i] for i in adjusted])
+            token_ids[place], best[place] = _choose(scores, [rows[i] for i in adjusted])
+    return SampledBatch(
+        token_ids=token_ids,
+        is_valid=torch.isfinite(best),
+        logprobs=_logprobs(logits, token_ids, rows),
+        num_logprobs=[row.params.logprobs for row in rows],
+    )
 
 
-def _forbid(logits: Tensor, rows: Sequence[SamplingRow], mask: Tensor | None) -> Tensor:
-    scores = logits if mask is None else logits.masked_fill(~mask, -torch.inf)
-    banned = [
-        (i, token)
-        for i, row in enumerate(rows)
-        if row.position < row.params.min_tokens
-        for token in row.eos_token_ids.union(row.params.stop_token_ids)
-        if 0 <= token < logits.shape[-1]
-    ]
-    if banned:
-        scores = scores.clone() if scores is logits else scores
-        index = torch.tensor(banned, device=logits.device)
-        scores[index[:, 0], index[:, 1]] = -torch.inf
-    return scores
+def _choose(
+    scores: Tensor, rows: Sequence[SamplingRow], *, without: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Tokens and highest scores ``[num_rows]``; in the rows ``without`` they mean nothing."""
+    is_cpu = scores.device.type == "cpu"
+    if is_cpu:  # numpy's uses vector instructions, torch's does not
+        token_ids = torch.from_numpy(scores.numpy().argmax(axis=-1))
+    else:
+        token_ids = scores.argmax(dim=-1)
+    best = scores.gather(1, token_ids[:, None])[:, 0]
+    drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy and i not in without]
+    if drawn:
+        draw(scores, best, rows, drawn, token_ids, is_narrow_first=is_cpu)
+    return token_ids, best
 
 
-def _random_groups(rows: Sequence[SamplingRow], is_valid: Sequence[bool]) -> list[list[int]]:
-    """Valid rows to be drawn at random, those cut the same way together."""
-    groups: dict[tuple[int | None, bool], list[int]] = {}
-    for index, row in enumerate(rows):
-        if is_valid[index] and not row.params.is_greedy:
-            cut = (row.params.top_k, row.params.top_p < 1.0)
-            groups.setdefault(cut, []).append(index)
-    return list(groups.values())
+def _logprobs(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) -> Tensor | None:
+    asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    if not asking:
+        return None
+    if len(asking) < len(rows):
+        place = to_device(torch.tensor(asking), logits.device)
+        logits, token_ids = logits.index_select(0, place), token_ids[place]
+    most = max(rows[i].params.logprobs or 0 for i in asking)
+    top, ids = likeliest(logits, max(most, 1))
+    mass = log_mass(logits, top[:, :1])
+    own = logits.gather(1, token_ids[:, None])
+    return torch.cat((own - mass, top[:, :most] - mass, ids[:, :most].double()), dim=1)
 
 
-def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Token ids ``[num_rows]``; all rows have the same ``top_k`` and use ``top_p`` or do not."""
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=scores.device)[:, None]
-
-    # Relative to the best one, so that a tiny temperature cannot overflow.
-    relative = scores.double() - scores.amax(dim=-1, keepdim=True)
-    probs = torch.softmax(relative / column([row.params.temperature for row in rows]), dim=-1)
-    target = column([uniform(row.params.seed, row.position) for row in rows])
-    top_p = column([row.params.top_p for row in rows])
-    top_k, vocab_size = rows[0].params.top_k, scores.shape[-1]
-    if top_k is None and bool((top_p >= 1.0).all()):
-        return _invert(probs, target)
-    if top_k is not None:
-        return _draw_from_top(probs, target, top_p, min(top_k, vocab_size), is_top_k=True)
-    count = min(NUCLEUS_CANDIDATES, vocab_size)
-    chosen = _draw_from_top(probs, target, top_p, count)
-    is_wider = probs.topk(count, dim=-1).values.sum(dim=-1) < top_p[:, 0]
-    if count < vocab_size and bool(is_wider.any()):
-        chosen[is_wider] = _draw_from_top(
-            probs[is_wider], target[is_wider], top_p[is_wider], vocab_size
-        )
-    return chosen
+def _row(token: int, logprobs: TokenLogprobs | None) -> SampledRow:
+    if token < 0:
+        return SampledRow(-1 - token, error="the logits are not finite or no token is allowed")
+    return SampledRow(token, logprobs)
 
 
-def _draw_from_top(
-    probs: Tensor, target: Tensor, top_p: Tensor, count: int, *, is_top_k: bool = False
-) -> Tensor:
-    """Draw from the nucleus among the ``count`` most likely tokens.
-
-    With ``is_top_k`` they are the whole distribution, of which ``top_p`` is a share.
-    """
-    candidates, ids = probs.topk(count, dim=-1)
-    # Equal probabilities in the order of their ids, whatever order ``topk`` has left them in.
-    ids, order = ids.sort(dim=-1)
-    candidates, resorted = candidates.gather(1, order).sort(dim=-1, descending=True, stable=True)
-    if is_top_k:
-        candidates = candidates / candidates.sum(dim=-1, keepdim=True)
-    index = _invert(_nucleus(candidates, top_p), target)
-    return ids.gather(1, resorted).gather(1, index[:, None])[:, 0]
-
-
-def _nucleus(candidates: Tensor, top_p: Tensor) -> Tensor:
-    """Zero what lies behind the smallest set of most likely tokens that reaches ``top_p``."""
-    before = candidates.cumsum(dim=-1) - candidates
-    kept = (before < top_p) | (top_p >= 1.0)
-    kept[:, 0] = True
-    return candidates * kept
-
-
-def _invert(weights: Tensor, target: Tensor) -> Tensor:
-    """Index ``[num_rows]`` where the running sum of ``weights`` passes ``target`` of the whole."""
-    running = weights.cumsum(dim=-1)
-    total = running[:, -1:].contiguous()
-    index = torch.searchsorted(running, target * total, right=True)
-    # Rounding may lift the target onto the total: then take the last token with any weight.
-    last = torch.searchsorted(running, total, right=False)
-    return torch.minimum(index, last)[:, 0]
-
-
-def _logprobs(
-    logits: Tensor, chosen: Tensor, rows: Sequence[SamplingRow]
-) -> dict[int, TokenLogprobs]:
-    counts = {
-        i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None
-    }
-    if not counts:
-        return {}
-    index = torch.tensor(list(counts), device=logits.device)
-    distribution = torch.log_softmax(logits[index], dim=-1)
-    own = distribution.gather(1, chosen[index, None])[:, 0].tolist()
-    most = min(max(counts.values()), logits.shape[-1])
-    top, ids = distribution.topk(most, dim=-1)
-    return {
-        i: TokenLogprobs(
-            logprob=own[row],
-            top_ids=tuple(ids[row, :count].tolist()),
-            top_logprobs=tuple(top[row, :count].tolist()),
-        )
-        for row, (i, count) in enumerate(counts.items())
-    }
+def _token_logprobs(values: Sequence[float], count: int) -> TokenLogprobs:
+    most = len(values) // 2
+    return TokenLogprobs(
+        logprob=values[0],
+        top_ids=tuple(int(token) for token in values[1 + most : 1 + most + min(count, most)]),
+        top_logprobs=tuple(values[1 : 1 + min(count, most)]),
+    )

@@ -115,6 +115,8 @@ class _Faulty(TorchAttention):
         *,
         scaling: float,
         batch: AttentionBatch,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         if layer == 2 and 23 in batch.context_lens:
             raise RuntimeError("broken at 23")

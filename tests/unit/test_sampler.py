@@ -1,10 +1,17 @@
 import math
+from random import Random
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shared.core.request import SamplingParams
-from shared.engine.sampler import SampledRow, SamplingRow, sample
+from shared.core.token_counts import TokenCounts
+from shared.engine.draw import draw
+from shared.engine.logit_adjustments import SamplingRow
+from shared.engine.sampler import SampledRow, sample, sample_on_device
 
 VOCAB_SIZE = 8
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, 0.0, -1.0, -2.0, -torch.inf])
@@ -17,6 +24,7 @@ def _row(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int = 0,
     min_tokens: int = 0,
     stop: tuple[int, ...] = (),
@@ -27,6 +35,7 @@ def _row(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         seed=seed,
         min_tokens=min_tokens,
         stop_token_ids=stop,
@@ -72,12 +81,65 @@ def test_tokens_are_drawn_from_the_distribution_asked_for(
     assert ((frequencies - expected).abs() <= 4.5 * (expected / 20_000).sqrt()).all()
 
 
-def test_a_nucleus_wider_than_the_first_candidates_is_complete() -> None:
-    logits = torch.zeros(1000)
-    rows = [_row(position, top_p=0.9) for position in range(4000)]
-    drawn = {one.token_id for one in sample(logits.expand(4000, -1), rows)}
-    assert len(drawn) > 850
-    assert max(drawn) < 901
+def test_what_is_as_likely_as_the_last_token_kept_is_kept() -> None:
+    logits = torch.tensor([1.0, 0.0] + [-1.0] * 998)
+    for cut in ({"top_p": 0.1}, {"top_k": 3}, {"top_k": 300}, {"min_p": 0.13}):
+        rows = [_row(position, **cut) for position in range(2000)]
+        drawn = {one.token_id for one in sample(logits.expand(2000, -1), rows)}
+        assert len(drawn) > 800
+    tied = torch.tensor([0.0] * 70 + [-1.0] * 930)
+    for cut in ({"top_p": 0.01}, {"top_k": 1}, {"min_p": 0.5}):
+        rows = [_row(position, **cut) for position in range(1000)]
+        assert {one.token_id for one in sample(tied.expand(1000, -1), rows)} == set(range(70))
+
+
+@pytest.mark.parametrize("vocab_size", [70, 1000, 8_192, 8_200, 20_011])
+@pytest.mark.parametrize(
+    "cut",
+    [{"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 40}, {"top_k": 500}, {"min_p": 0.02, "top_p": 0.8}],
+    ids=str,
+)
+def test_looking_at_the_likeliest_tokens_first_changes_nothing(
+    cut: dict[str, Any], vocab_size: int
+) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    scales = torch.linspace(0.3, 8.0, 24)[:, None]
+    logits = torch.randn(24, vocab_size, generator=generator) * scales
+    rows = [_row(position, seed=4, temperature=0.9, **cut) for position in range(24)]
+    tokens = [torch.full((24,), -1), torch.full((24,), -1)]
+    for is_narrow_first in False, True:
+        draw(
+            logits,
+            logits.amax(dim=-1),
+            rows,
+            range(24),
+            tokens[is_narrow_first],
+            is_narrow_first=is_narrow_first,
+        )
+    assert tokens[0].tolist() == tokens[1].tolist()
+    assert [row.token_id for row in sample(logits, rows)] == tokens[0].tolist()
+
+
+def test_nothing_waits_for_a_device() -> None:
+    counts = TokenCounts([1, 2, 3], 3)
+    params: list[dict[str, Any]] = [
+        {"temperature": 0.0, "logprobs": 3},
+        {"top_p": 0.9, "min_tokens": 3, "logprobs": 0},
+        {"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2},
+        {"logit_bias": ((5, 1.0), (900, 1.0))},
+        {"temperature": 0.0},
+    ]
+    rows = [
+        SamplingRow(SamplingParams(max_tokens=9, **each), 0, frozenset((2,)), counts)
+        for each in params
+    ]
+    # A tensor without data: whoever asks it for a value gets an error.
+    logits = torch.empty(len(rows), 9000, device="meta")
+    for mask in (None, torch.empty(len(rows), 9000, dtype=torch.bool, device="meta")):
+        sampled = sample_on_device(logits, rows, mask=mask)
+        assert sampled.token_ids.shape == (len(rows),)
+        assert sampled.logprobs is not None
+        assert sampled.logprobs.shape == (2, 7)
 
 
 def test_greedy_takes_the_most_likely() -> None:
@@ -85,24 +147,65 @@ def test_greedy_takes_the_most_likely() -> None:
     assert _one(LOGITS, _row(temperature=1e-300)).token_id == 0
 
 
-def test_a_draw_depends_on_nothing_but_its_own_row() -> None:
+PARAMS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([0.0, 0.3, 0.7, 1.5]),
+        "top_p": st.sampled_from([0.5, 0.9, 0.999]),
+        "top_k": st.sampled_from([1, 5, 63, 64, 65, 400]),
+        "min_p": st.sampled_from([0.001, 0.1, 1.0]),
+        "seed": st.integers(-(2**63), 2**63 - 1),
+        "min_tokens": st.sampled_from([0, 9]),
+        "stop_token_ids": st.sampled_from([(1,), (3, 10**6)]),
+        "logprobs": st.integers(0, 20),
+        "repetition_penalty": st.sampled_from([0.5, 1.3]),
+        "presence_penalty": st.sampled_from([-1.0, 0.4]),
+        "frequency_penalty": st.sampled_from([-1.0, 0.4]),
+        "logit_bias": st.sampled_from([((0, 5.0), (4, -100.0)), ((2, 100.0), (10**6, 1.0))]),
+    },
+)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[torch.Tensor, list[SamplingRow]]:
+    """Logits with ties, and rows of every kind."""
+    seed = draw(st.integers(0, 2**32))
+    vocab_size = draw(st.sampled_from([7, 65, 500, 8_192, 9_001]))
+    rows = []
+    for params in draw(st.lists(PARAMS, min_size=1, max_size=9)):
+        tokens = draw(st.lists(st.integers(0, 6), max_size=9))
+        counts = TokenCounts(tokens[:4], min(4, len(tokens)))
+        counts.update(tokens)
+        sampling = SamplingParams(max_tokens=99, **params)
+        rows.append(SamplingRow(sampling, len(tokens), frozenset((2,)), counts))
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(rows), vocab_size, generator=generator)
+    return (logits * draw(st.sampled_from([0.2, 2.0, 9.0]))).bfloat16().float(), rows
+
+
+@settings(max_examples=100)
+@given(batches(), st.randoms(use_true_random=False))
+def test_a_draw_depends_on_nothing_but_its_own_row(
+    batch: tuple[torch.Tensor, list[SamplingRow]], random: Random
+) -> None:
+    logits, rows = batch
+    untouched = logits.clone()
+    together = sample(logits, rows)
+    assert torch.equal(logits, untouched)
+    assert together == [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
+    order = random.sample(range(len(rows)), len(rows))
+    shuffled = sample(logits[order], [rows[i] for i in order])
+    assert shuffled == [together[i] for i in order]
+
+
+def test_a_draw_does_not_depend_on_the_size_of_the_vocabulary_or_the_batch() -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(40, 500, generator=generator) * 3
-    logits = logits.bfloat16().float()  # with ties
-    rows = [
-        _row(
-            position,
-            seed=position * 7,
-            temperature=(0.0, 0.7, 1.0)[position % 3],
-            top_k=(None, 5, 50)[position % 4 % 3],
-            top_p=(1.0, 0.9, 0.999)[position % 5 % 3],
-        )
-        for position in range(40)
-    ]
-    together = [one.token_id for one in sample(logits, rows)]
-    assert together == [_one(logits[i], row).token_id for i, row in enumerate(rows)]
-    backwards = sample(logits.flip(0), rows[::-1])
-    assert together == [one.token_id for one in backwards[::-1]]
+    logits = torch.randn(16, 32_003, generator=generator) * 3
+    rows = [_row(position, seed=7, top_p=(1.0, 0.95)[position % 2]) for position in range(16)]
+    together = sample(logits, rows)
+    assert together == [_one(logits[i], row) for i, row in enumerate(rows)]
+    longer = torch.cat((logits, torch.full((16, 100), -torch.inf)), dim=1)
+    assert together == sample(longer, rows)
 
 
 def test_seed_and_position_decide_the_draw() -> None:

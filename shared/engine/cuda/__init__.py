@@ -1,0 +1,1 @@
+"""Kernels, attention and graphs for NVIDIA GPUs; only imported where there is one."""
