@@ -5,6 +5,7 @@ ignored; fields that would change the answer in a way this system cannot deliver
 they hold their neutral value (``services.gateway.unsupported``).
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
@@ -17,6 +18,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 100
+MAX_LOGIT_BIASES = 1024
 MAX_PRIORITY = 1000
 MAX_MILLISECONDS = 1e9
 
@@ -25,6 +28,7 @@ TAG_MARK = "~"
 
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 
 
 class Body(BaseModel):
@@ -64,6 +68,32 @@ def _only_text(value: Any) -> Any:
     return value
 
 
+def _bias_of(value: Any) -> Any:
+    """``{"token id": bias}`` with its keys as numbers; its faults are those of the whole field."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > MAX_LOGIT_BIASES:
+        raise _bias_fault(f"at most {MAX_LOGIT_BIASES} tokens can be biased, not {len(value)}")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        if not _TOKEN_ID.fullmatch(key):
+            raise _bias_fault(f"{key[:40]!r} is not a token id")
+        if isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise _bias_fault(f"the bias of token {key} is not a number")
+        if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+            raise _bias_fault(
+                f"the bias of token {key} is not in [-{MAX_LOGIT_BIAS}, {MAX_LOGIT_BIAS}]"
+            )
+        biases[int(key)] = float(bias)
+    return biases
+
+
+def _bias_fault(message: str) -> PydanticCustomError:
+    return PydanticCustomError("logit_bias", "{fault}", {"fault": message})
+
+
+Penalty = Annotated[float | None, Field(ge=-2, le=2)]
+LogitBias = Annotated[dict[int, float] | None, BeforeValidator(_bias_of)]
 Milliseconds = Annotated[float | None, Field(gt=0, le=MAX_MILLISECONDS)]
 TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -124,6 +154,17 @@ class GenerationBody(Body):
     top_p: Annotated[float | None, Field(ge=0, le=1)] = None
     top_k: Annotated[int | None, Field(ge=-1, le=_INT32_MAX)] = Field(
         None, description="-1 and 0 mean no limit"
+    )
+    min_p: Annotated[float | None, Field(ge=0, le=1)] = Field(
+        None, description="drop tokens less likely than this share of the likeliest one's chance"
+    )
+    presence_penalty: Penalty = Field(None, description="for tokens that are in the output")
+    frequency_penalty: Penalty = Field(None, description="for each time a token is in the output")
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=100)] = Field(
+        None, description="for tokens that are in prompt or output; above 1 discourages them"
+    )
+    logit_bias: LogitBias = Field(
+        None, description="added to the logits of token ids, -100 to 100 each"
     )
     seed: Annotated[int | None, Field(ge=-_INT64_MAX - 1, le=_INT64_MAX)] = None
     n: Annotated[int | None, Field(ge=1, le=MAX_CHOICES_PER_PROMPT)] = None

@@ -24,9 +24,6 @@ from services.gateway.unsupported import CHAT, COMPLETION, MESSAGE, refuse_unsup
 from shared.core.request import SamplingParams, Slo
 from shared.errors import ContextLengthExceeded, InvalidRequest
 
-GREEDY_BELOW_TEMPERATURE = 1e-5
-"""Logits divided by less than this leave float range; the limit of it all is greedy anyway."""
-
 MAX_CHOICES = 128
 """Of one call, over all its prompts."""
 
@@ -242,21 +239,28 @@ def _sampling(
     stop_token_ids = tuple(body.stop_token_ids or ())
     for position, token_id in enumerate(stop_token_ids):
         check_in_vocabulary(token_id, model, f"stop_token_ids[{position}]")
-    temperature = 1.0 if body.temperature is None else body.temperature
+    logit_bias = body.logit_bias or {}
+    for token_id in logit_bias:
+        check_in_vocabulary(token_id, model, "logit_bias")
     top_p = 1.0 if body.top_p is None else body.top_p
     top_k = body.top_k if body.top_k and 0 < body.top_k < model.vocab_size else None
     if top_p == 0:
         top_p, top_k = 1.0, 1  # the smallest set of tokens is the most likely one
     return lambda seed: SamplingParams(
         max_tokens=max_tokens,
-        temperature=0.0 if temperature < GREEDY_BELOW_TEMPERATURE else temperature,
+        temperature=1.0 if body.temperature is None else body.temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=body.min_p or 0.0,
         seed=seed,
         min_tokens=min_tokens,
         stop_token_ids=stop_token_ids,
         ignore_eos=bool(body.ignore_eos),
         logprobs=num_logprobs,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=tuple(sorted(item for item in logit_bias.items() if item[1] != 0.0)),
     )
 
 

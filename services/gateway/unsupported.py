@@ -12,12 +12,7 @@ Neutral = Mapping[str, Sequence[Any]]
 """The values, besides ``null``, with which a field asks for nothing."""
 
 _COMMON: Final[Neutral] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_p": (0,),
     "use_beam_search": (False,),
     "echo": (False,),
     "prompt_logprobs": (),

@@ -4,6 +4,7 @@ from enum import StrEnum
 
 import msgspec
 
+from shared.core.latency_model import LatencyModel
 from shared.messages.base import Message
 
 
@@ -21,7 +22,9 @@ class WorkerReport(Message, frozen=True, kw_only=True):
     ``load.<role>.<instance>``. Delivery: core. Idempotency key: ``(instance, sequence)``; an older
     ``sequence`` is dropped. ``instance`` is unique to one run of the process.
     ``compute_utilisation`` is the engine's busy share of the last period (0..1), ``step_s`` the
-    mean time of an iteration in it, ``layer_s`` that of one layer.
+    mean time of an iteration in it, ``layer_s`` that of one layer. ``latency`` predicts this
+    instance's times, refitted by its own steps; it is missing until there is a profile or enough
+    steps were seen. ``latency_error`` is the mean relative error of its late predictions.
     """
 
     role: str
@@ -51,6 +54,8 @@ class WorkerReport(Message, frozen=True, kw_only=True):
     num_layers: int = 0
     kv_bytes_per_token: int = 0
     param_bytes: int = 0
+    latency: LatencyModel | None = None
+    latency_error: float | None = None
 
 
 class ServiceReport(Message, frozen=True, kw_only=True):

@@ -2,9 +2,10 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, FilePath
 
 from shared.config import BUNDLED_MODEL, ModelDirectory, ServiceSettings
+from shared.core.iteration import Batching
 from shared.engine.config import EngineConfig
 
 
@@ -15,6 +16,11 @@ class WorkerSettings(ServiceSettings):
     model: ModelDirectory = str(BUNDLED_MODEL)
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    quantization: Literal["int8", "int4"] | None = None
+    """Of the weights, when they are loaded; needs the extra ``quant``."""
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    """Keys and values in eight bits with scales, or like ``dtype``. Workers that exchange KV must
+    have the same."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     memory_fraction: float | None = Field(default=None, gt=0, le=1)
@@ -27,6 +33,17 @@ class WorkerSettings(ServiceSettings):
     max_num_batched_tokens: int = Field(default=2048, gt=0)
     num_threads: int | None = Field(default=None, gt=0)
     """Torch threads; with two workers on two cores one each is five times faster than two each."""
+
+    latency_profile: FilePath | None = None
+    """What ``banyan profile`` wrote for this model on this machine; without one the latency model
+    is learnt from the first steps."""
+
+    batching: Batching = "continuous"
+    """``static`` runs padded batches to their end, for comparisons only."""
+    swap_bytes: int = Field(default=0, ge=0)
+    """Host memory for the KV of preempted requests, used when that is cheaper than recomputing."""
+    migration_reserve: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the KV pool kept unallocated for what migrates in."""
 
     transport: Literal["auto", "ucx", "tcp"] = "auto"
     transport_host: str = "127.0.0.1"
@@ -48,6 +65,8 @@ class WorkerSettings(ServiceSettings):
         return EngineConfig(
             model_path=self.model,
             dtype=self.dtype,
+            quantization=self.quantization,
+            kv_cache_dtype=self.kv_cache_dtype,
             device=self.device,
             block_size=self.block_size,
             max_num_seqs=self.max_num_seqs,
@@ -57,4 +76,7 @@ class WorkerSettings(ServiceSettings):
             kv_cache_bytes=self.kv_cache_bytes,
             memory_fraction=self.memory_fraction,
             num_threads=self.num_threads,
+            batching=self.batching,
+            swap_bytes=self.swap_bytes,
+            migration_reserve=self.migration_reserve,
         )

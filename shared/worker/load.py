@@ -7,6 +7,8 @@ from shared.metrics import Metrics
 from shared.transport.base import Transport
 from shared.worker.attempts import AttemptTable
 from shared.worker.config import WorkerSettings
+from shared.worker.engine_totals import EngineTotals
+from shared.worker.latency import LatencyMeter
 
 
 class LoadMeter:
@@ -20,6 +22,7 @@ class LoadMeter:
         transport: Transport,
         kv_layout: str,
         attempts: AttemptTable,
+        latency: LatencyMeter,
         metrics: Metrics,
     ) -> None:
         self._settings = settings
@@ -27,6 +30,7 @@ class LoadMeter:
         self._transport = transport
         self._kv_layout = kv_layout
         self._attempts = attempts
+        self._latency = latency
         self.is_draining = False
         self.is_waiting_for_stats = False
         self._stats: EngineStats | None = None
@@ -44,6 +48,7 @@ class LoadMeter:
         self._quarantined = metrics.gauge(
             role, "quarantined", "transfers", "Buffers a late write may still reach"
         )
+        self._totals = EngineTotals(metrics, role)
 
     def on_step(self, stats: EngineStats) -> None:
         """One engine iteration is over."""
@@ -53,6 +58,8 @@ class LoadMeter:
         self._stats = stats
         self._step_seconds.observe(stats.step_s)
         self._tokens.inc(stats.num_batched_tokens)
+        self._latency.on_step(stats)
+        self._totals.follow(stats)
 
     def on_stats(self, stats: EngineStats | None) -> None:
         """The engine said how it is between two iterations, or was too busy to say."""
@@ -74,10 +81,10 @@ class LoadMeter:
             kv_layout=self._kv_layout,
             max_model_len=info.max_model_len,
             block_size=info.layout.block_size,
-            num_blocks=info.num_blocks,
+            num_blocks=stats.num_blocks if stats is not None else info.num_blocks,
             num_free_blocks=stats.num_free_blocks if stats is not None else info.num_blocks,
             num_running=stats.num_running if stats is not None else 0,
-            num_waiting=stats.num_waiting if stats is not None else 0,
+            num_waiting=stats.num_waiting + stats.num_swapped if stats is not None else 0,
             num_held=stats.num_held if stats is not None else 0,
             num_reserved=stats.num_reserved if stats is not None else 0,
             compute_utilisation=min(1.0, self._busy_s / period_s),
@@ -93,6 +100,8 @@ class LoadMeter:
             num_layers=spec.num_layers,
             kv_bytes_per_token=spec.kv_bytes_per_token,
             param_bytes=spec.param_bytes,
+            latency=self._latency.model(),
+            latency_error=self._latency.error,
         )
         self._since_s, self._busy_s, self._num_steps, self._num_tokens = now_s, 0.0, 0, 0
         self._free.set(report.num_free_blocks)

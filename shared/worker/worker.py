@@ -5,6 +5,7 @@ The event loop talks; the engine's thread computes. What the engine produces arr
 """
 
 import asyncio
+import gc
 import logging
 import sys
 from collections.abc import Callable
@@ -34,6 +35,8 @@ from shared.transport.factory import create_transport
 from shared.worker.attempts import AttemptTable
 from shared.worker.config import WorkerSettings
 from shared.worker.executor import Executor
+from shared.worker.expert_load import ExpertLoadMeter
+from shared.worker.latency import LatencyMeter, first_model, read_profile
 from shared.worker.load import LoadMeter
 from shared.worker.output_log import OutputLog
 from shared.worker.store_client import StoreClient
@@ -44,6 +47,7 @@ ENGINE_STOP_S = 5.0
 EXPORT_BYTES = 1 << 20
 """KV is handed to the loop in portions of at least this size, or once a step: waking the loop for
 every small layer would take the interpreter from the engine for more than the overlap is worth."""
+EXPERT_LOAD_PERIOD_S = 10.0
 GIL_SWITCH_S = 0.0005
 """The loop and the engine's thread share the interpreter: with Python's own 5 ms each would wait
 that long for the other, many times a step."""
@@ -82,6 +86,8 @@ class WorkerService(Service):
     async def start(self, runtime: Runtime) -> None:
         """Load the model, open the data plane, join the bus."""
         settings = self._settings
+        path = settings.latency_profile
+        self._profile = read_profile(path) if path is not None else None
         sys.setswitchinterval(GIL_SWITCH_S)
         self._runtime = runtime
         self._loop = asyncio.get_running_loop()
@@ -98,6 +104,11 @@ class WorkerService(Service):
         )
         runtime.on_release(Release.DEVICE, "engine", self._stop_engine)
         info: EngineInfo = await asyncio.wrap_future(self._engine.start())
+        # What there is now stays; looking through it again and again would stop all threads for
+        # hundreds of milliseconds.
+        gc.collect()
+        gc.freeze()
+        gc.enable()
         transport = self._make_transport(settings)
         runtime.on_release(Release.TRANSPORT, "transport", transport.close)
         await transport.start()
@@ -106,6 +117,8 @@ class WorkerService(Service):
         await self._subscribe()
         runtime.spawn(self._publish_in_order(), name="publisher")
         runtime.spawn(self._report(), name="reports")
+        if await self._expert_load():
+            runtime.spawn(self._follow_experts(), name="experts")
 
     def _compose(self, bus: Bus, transport: Transport, info: EngineInfo) -> None:
         settings = self._settings
@@ -133,13 +146,17 @@ class WorkerService(Service):
             publish=self._publish,
             now_s=self._loop.time,
         )
+        base, is_profiled = first_model(self._profile, info, settings)
+        self._engine.call(lambda e: e.set_prefill_cost(base.prefill_s))
+        metrics = self._runtime.metrics
         self._meter = LoadMeter(
             settings=settings,
             info=info,
             transport=transport,
             kv_layout=self._kv_layout,
             attempts=self._attempts,
-            metrics=self._runtime.metrics,
+            latency=LatencyMeter(base, is_profiled=is_profiled, metrics=metrics, role=self._role),
+            metrics=metrics,
         )
 
     async def _subscribe(self) -> None:
@@ -308,6 +325,15 @@ class WorkerService(Service):
                 self._meter.on_stats, done.result() if done.exception() is None else None
             )
         )
+
+    async def _follow_experts(self) -> None:
+        meter = ExpertLoadMeter(self._runtime.metrics, self._role)
+        while True:
+            meter.follow(await self._expert_load())
+            await asyncio.sleep(EXPERT_LOAD_PERIOD_S)
+
+    async def _expert_load(self) -> dict[int, tuple[int, ...]]:
+        return await asyncio.wrap_future(self._engine.call(lambda e: e.expert_load()))
 
     async def _send_report(self) -> None:
         await self._send(self._meter.report(self._loop.time()))
