@@ -1,149 +1,150 @@
-"""Offline throughput of one engine: ``python -m bench.engine --model DIR``; prints JSON.
+"""Offline throughput of one engine, beside what the machine would allow.
 
-All requests are there at the start, of equal length, greedy, without ends of sequence, without
-shared prefixes. ``output_tokens_per_s`` is all output over the whole run, prefill included;
-``prefill_tokens_per_s`` and ``decode_step_s`` are medians over the steps that only prefill or only
-decode. The first, shorter round is a warm-up and not counted.
+    python -m bench.engine --model DIR [--batch 16] [--input 256] [--output 128] [--json -]
+
+Drives ``Engine.step``, the loop of the prefill and decode workers, without the bus. What is
+counted is in ``docs/benchmarks.md``.
 """
 
 import argparse
-import json
-import platform
-import random
-import statistics
-import subprocess
-import sys
-import time
-from dataclasses import dataclass, field
+import gc
+from typing import Any
 
 import torch
-import transformers
 
+from bench import offline
+from bench.environment import environment
+from bench.machine import Measured, linear_shapes, measure_machine
+from bench.roofline import ModelSize, model_size, uniform_floor
+from bench.serving import Emit
+from bench.workload import OfflineRequest
 from shared.core.request import Request, SamplingParams
 from shared.engine.build import build_engine
-from shared.engine.config import EngineConfig
+from shared.engine.config import DEVICES, EngineConfig
 from shared.engine.engine import Engine
 
-
-@dataclass(slots=True)
-class Round:
-    """What one run over all requests took."""
-
-    wall_s: float = 0.0
-    num_output_tokens: int = 0
-    prefill_rates: list[float] = field(default_factory=list)
-    decode_steps_s: list[float] = field(default_factory=list)
+ENGINE_FLAGS = ("dtype", "device", "max_num_seqs", "max_num_batched_tokens", "block_size")
+"""Arguments that go into ``EngineConfig`` where they are given."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def run_round(engine: Engine, requests: list[Request]) -> Round:
-    """Serve ``requests``, all queued at once, to their ends."""
-    result = Round()
-    started_s = time.perf_counter()
-    for request in requests:
-        engine.add(request)
-    before = engine.stats()
-    while (step := engine.step()) is not None:
-        stats = step.stats
-        num_prefill = stats.total_prefill_tokens - before.total_prefill_tokens
-        num_decode = stats.total_decode_tokens - before.total_decode_tokens
-        if num_decode == 0:
-            result.prefill_rates.append(num_prefill / stats.step_s)
-        elif num_prefill == 0:
-            result.decode_steps_s.append(stats.step_s)
-        before = stats
+class BanyanServing:
+    """Our engine under the benchmark's loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._attempt = 0
+
+    def add(self, index: int, request: OfflineRequest) -> None:
+        """Queue it, greedy."""
+        self._attempt += 1
+        sampling = SamplingParams(max_tokens=request.output_len, temperature=0.0, ignore_eos=True)
+        self._engine.add(
+            Request(
+                request_id=str(index),
+                attempt=self._attempt,
+                prompt_token_ids=request.prompt_token_ids,
+                sampling=sampling,
+            )
+        )
+
+    def step(self, emit: Emit) -> None:
+        """One iteration."""
+        step = self._engine.step()
+        if step is None:
+            raise SystemExit("the engine stopped before all tokens were out")
         for output in step.outputs:
             if output.error is not None:
                 raise SystemExit(f"{output.key} failed: {output.error}")
-            result.num_output_tokens += len(output.token_ids)
-    result.wall_s = time.perf_counter() - started_s
-    return result
-
-
-def make_requests(args: argparse.Namespace, vocab_size: int, round_: int) -> list[Request]:
-    """``args.num_requests`` requests of random tokens, different in every round."""
-    rng = random.Random(args.seed * 1000 + round_)
-    return [
-        Request(
-            request_id=f"{round_}-{index}",
-            attempt=0,
-            prompt_token_ids=tuple(rng.randrange(vocab_size) for _ in range(args.input_len)),
-            sampling=SamplingParams(max_tokens=args.output_len, temperature=0.0, ignore_eos=True),
-        )
-        for index in range(args.num_requests)
-    ]
+        emit((int(o.key.request_id), len(o.token_ids)) for o in step.outputs if o.token_ids)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="bench.engine", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="directory of the model")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--num-requests", type=int, default=16)
-    parser.add_argument("--input-len", type=int, default=256)
-    parser.add_argument("--output-len", type=int, default=128)
-    parser.add_argument("--max-num-seqs", type=int, default=64)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
-    parser.add_argument("--num-threads", type=int)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
+    offline.add_arguments(parser)
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    for name in ("--max-num-seqs", "--max-num-batched-tokens", "--block-size"):
+        parser.add_argument(name, type=int, help="default: the engine's own")
+    parser.add_argument("--no-floor", action="store_true", help="do not measure the machine")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark and print its result as one JSON object."""
-    args = parse_args(argv)
-    if args.num_threads is not None:
-        torch.set_num_threads(args.num_threads)
-    engine = build_engine(
-        EngineConfig(
-            model_path=args.model,
-            dtype=args.dtype,
-            device=args.device,
-            max_num_seqs=args.max_num_seqs,
-            max_num_batched_tokens=args.max_num_batched_tokens,
-        )
-    )
-    warm_up = make_requests(args, engine.spec.vocab_size, round_=0)
-    run_round(engine, warm_up[: max(1, len(warm_up) // 4)])
-    rounds = [
-        run_round(engine, make_requests(args, engine.spec.vocab_size, round_=index + 1))
-        for index in range(args.repeats)
-    ]
-    rates = [round_.num_output_tokens / round_.wall_s for round_ in rounds]
-    prefill_rates = [rate for round_ in rounds for rate in round_.prefill_rates]
-    decode_steps_s = [step_s for round_ in rounds for step_s in round_.decode_steps_s]
-    result = {
-        "output_tokens_per_s": statistics.median(rates),
-        "prefill_tokens_per_s": statistics.median(prefill_rates) if prefill_rates else None,
-        "decode_step_s": statistics.median(decode_steps_s) if decode_steps_s else None,
-        "output_tokens_per_s_by_round": rates,
+def run_engine(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Load the model and serve the workloads: facts about the engine, and figures of each.
+
+    The engine is gone when this returns.
+    """
+    workloads = offline.workloads_of(args)
+    settings = {key: getattr(args, key) for key in ENGINE_FLAGS}
+    given = {key: value for key, value in settings.items() if value is not None}
+    engine = build_engine(EngineConfig(model_path=args.model, **given))
+    serving = BanyanServing(engine)
+    results = [offline.measure(serving, w, args, engine.spec.vocab_size) for w in workloads]
+    is_cuda = engine.device.type == "cuda"
+    facts = {
+        "engine": "banyan",
         "architecture": engine.spec.architecture,
-        "param_bytes": engine.spec.param_bytes,
         "dtype": engine.spec.dtype,
         "device": str(engine.device),
         "num_threads": torch.get_num_threads(),
-        "workload": {
-            key: getattr(args, key)
-            for key in ("num_requests", "input_len", "output_len", "seed", "repeats")
-        },
-        "hardware": platform.processor() or platform.machine(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "git_sha": git_sha(),
+        "peak_memory_bytes": (
+            torch.cuda.max_memory_allocated(engine.device)
+            if is_cuda
+            else offline.peak_memory_bytes()
+        ),
     }
-    json.dump(result, sys.stdout, indent=2)
-    print()
+    return facts, results
 
 
-def git_sha() -> str | None:
-    """The commit this runs from, ``None`` outside a checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+def add_floor(result: dict[str, Any], size: ModelSize, measured: Measured, itemsize: int) -> None:
+    """Put the floor of a uniform workload, and what share of it was reached, into ``result``."""
+    result["floor_decode_step_s"] = None
+    if "batch" not in result:
+        return
+    batch, input_len, output_len = result["batch"], result["input"], result["output"]
+    floor = uniform_floor(
+        size,
+        measured.rates,
+        batch=batch,
+        input_len=input_len,
+        output_len=output_len,
+        itemsize=itemsize,
+    )
+    best = {
+        "output": batch * output_len / floor.total_s,
+        "prefill": batch * input_len / floor.prefill_s,
+    }
+    result["floor_decode_step_s"] = floor.decode_step_s or None
+    result["floor_output_tokens_per_s"] = best["output"]
+    result["floor_prefill_tokens_per_s"] = best["prefill"]
+    step_s = result["decode_step_s"]
+    result["share_of_floor"] = {
+        "output": result["output_tokens_per_s"] / best["output"],
+        "prefill": result["prefill_tokens_per_s"] / best["prefill"],
+        "decode": floor.decode_step_s / step_s if step_s else None,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark and report."""
+    args = parse_args(argv)
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    facts, results = run_engine(args)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if not args.no_floor:
+        dtype = DTYPES[facts["dtype"]]
+        device = torch.device(facts["device"])
+        measured = measure_machine(device, dtype, linear_shapes(args.model))
+        size = model_size(args.model)
+        for result in results:
+            add_floor(result, size, measured, dtype.itemsize)
+        facts["machine"] = measured.report()
+    facts["environment"] = environment()
+    offline.write_report(offline.flattened(facts, results), args)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,14 @@ def up(
     dtype: Annotated[
         Literal["auto", "bf16", "fp32"], _option("dtype", _MODEL, "Type of weights and KV.")
     ] = "auto",
+    quantization: Annotated[
+        Literal["int8", "int4"] | None,
+        _option("quantization", _MODEL, "Weights of fewer bits; needs the extra 'quant'."),
+    ] = None,
+    kv_cache_dtype: Annotated[
+        Literal["auto", "int8", "fp8"],
+        _option("kv-cache-dtype", _MODEL, "Eight bits a number of the KV cache, or like --dtype."),
+    ] = "auto",
     max_model_len: Annotated[
         int | None,
         _option(
@@ -139,6 +147,8 @@ def up(
         served_model_name=served_model_name or found.name,
         counts=counts,
         dtype=dtype,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         device=device,
         memory_fraction=memory_fraction,
         max_model_len=max_model_len,
@@ -202,6 +212,47 @@ def status(
     from cli.status import run_status
 
     raise typer.Exit(run_status(url, as_json=as_json, watch=watch, output=sys.stdout))
+
+
+@app.command()
+def profile(
+    model: Annotated[
+        str | None,
+        _option("model", _MODEL, "Directory or Hugging Face id. By default the bundled one."),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp32"], _option("dtype", _MODEL, "Type of weights and KV.")
+    ] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], _option("device", _MACHINE, "Where to compute.")
+    ] = "auto",
+    num_threads: Annotated[
+        int | None,
+        _option("num-threads", _MACHINE, "Torch threads, as many as the worker has.", min=1),
+    ] = None,
+    budget_s: Annotated[
+        float, typer.Option("--budget-s", min=1.0, help="Measure for so many seconds at most.")
+    ] = 120.0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The file to write; by default latency-<model>.json."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure prefill and decode here, and fit the latency model to it."""
+    from cli.models import resolve_model
+    from cli.profile import ProfileRequest, run_profile
+
+    request = ProfileRequest(
+        model=resolve_model(model),
+        dtype=dtype,
+        device=device,
+        num_threads=num_threads,
+        budget_s=budget_s,
+        out=out,
+        as_json=as_json,
+    )
+    raise typer.Exit(run_profile(request, sys.stdout, sys.stderr))
 
 
 def _default_url() -> str:

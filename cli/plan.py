@@ -36,6 +36,8 @@ class UpOptions:
     served_model_name: str
     counts: Mapping[str, int]
     dtype: str = "auto"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     device: str = "auto"
     memory_fraction: float | None = None
     max_model_len: int | None = None
@@ -159,6 +161,10 @@ def _asked_for(options: UpOptions, slot: Slot, share: _Share | None) -> dict[str
             values[f"{own}DEVICE"] = options.device
         if options.dtype != "auto":
             values[f"{own}DTYPE"] = options.dtype
+        if options.quantization is not None:
+            values[f"{own}QUANTIZATION"] = options.quantization
+        if options.kv_cache_dtype != "auto":
+            values[f"{own}KV_CACHE_DTYPE"] = options.kv_cache_dtype
         if options.memory_fraction is not None:
             values[f"{own}MEMORY_FRACTION"] = share.of(options.memory_fraction)
     return values
