@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from services.gateway.generation import GenerationRequest, Unserved
 from services.gateway.routes_openai import EdgeLimits
+from shared.core.request import SamplingParams
 from shared.errors import Refused, RequestFailed
 from tests.gateway_app import (
     ANSWER,
@@ -152,6 +153,36 @@ async def test_the_openai_client_gets_what_it_expects() -> None:
 
         assert [model.id async for model in client.models.list()] == ["tiny"]
         assert (await client.models.retrieve("tiny")).id == "tiny"
+
+
+async def test_the_openai_client_can_set_every_sampling_parameter() -> None:
+    generator = answer()
+    async with (
+        served(app_over(generator)) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        await client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "hi"}],
+            presence_penalty=0.5,
+            frequency_penalty=-1,
+            logit_bias={"7": -100},
+            extra_body={"repetition_penalty": 1.3, "min_p": 0.1, "top_k": 9},
+        )
+        with pytest.raises(openai.BadRequestError) as bad:
+            await client.completions.create(model="tiny", prompt="a", logit_bias={"7": 101})
+    assert (bad.value.param, bad.value.type) == ("logit_bias", "invalid_request_error")
+    [request] = generator.requests
+    assert request.sampling == SamplingParams(
+        max_tokens=request.sampling.max_tokens,
+        seed=request.sampling.seed,
+        presence_penalty=0.5,
+        frequency_penalty=-1.0,
+        logit_bias=((7, -100.0),),
+        repetition_penalty=1.3,
+        min_p=0.1,
+        top_k=9,
+    )
 
 
 async def test_the_openai_client_gets_the_errors_it_knows() -> None:

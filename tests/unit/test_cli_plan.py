@@ -100,6 +100,8 @@ def test_options_reach_those_they_are_meant_for() -> None:
     options = replace(
         with_counts(gateway=2),
         dtype="fp32",
+        quantization="int8",
+        kv_cache_dtype="fp8",
         max_model_len=2048,
         policy="fifo",
         transport="tcp",
@@ -109,6 +111,8 @@ def test_options_reach_those_they_are_meant_for() -> None:
     )
     environs = environments(options)
     assert environs["decode-0"]["BANYAN_DECODE_DTYPE"] == "fp32"
+    assert environs["decode-0"]["BANYAN_DECODE_QUANTIZATION"] == "int8"
+    assert environs["prefill-0"]["BANYAN_PREFILL_KV_CACHE_DTYPE"] == "fp8"
     assert environs["prefill-0"]["BANYAN_PREFILL_MAX_MODEL_LEN"] == "2048"
     assert environs["prefill-0"]["BANYAN_PREFILL_TRANSPORT"] == "tcp"
     assert environs["kvstore-0"]["BANYAN_KVSTORE_TRANSPORT"] == "tcp"

@@ -84,6 +84,11 @@ async def test_the_generator_gets_the_templated_prompt_and_every_parameter() -> 
         "ignore_eos": True,
         "logprobs": True,
         "top_logprobs": 0,
+        "min_p": 0.05,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 2,
+        "repetition_penalty": 1.2,
+        "logit_bias": {"70": -100, "7": 1.5, "8": 0},
         "priority": -3,
         "slo": {"ttft_ms": 250},
     }
@@ -99,6 +104,9 @@ async def test_the_generator_gets_the_templated_prompt_and_every_parameter() -> 
     assert (sampling.seed, sampling.max_tokens, sampling.min_tokens) == (11, 9, 3)
     assert (sampling.stop_token_ids, sampling.ignore_eos) == ((5, 6), True)
     assert sampling.logprobs == 0
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.05, 1.2)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-0.5, 2.0)
+    assert sampling.logit_bias == ((7, 1.5), (70, -100.0))
     assert request.slo == Slo(ttft_s=0.25, e2e_s=1.5)
     assert (request.priority, request.model, request.arrived_at_s) == (-3, "tiny", 7.0)
     assert (request.client_request_id, request.group_id) == ("mine", None)
@@ -113,6 +121,8 @@ async def test_defaults_fill_the_context_and_draw_a_seed() -> None:
     assert request.sampling.max_tokens == MAX_MODEL_LEN - 3
     assert (request.sampling.temperature, request.sampling.top_p) == (1.0, 1.0)
     assert (request.sampling.top_k, request.sampling.seed) == (None, 1234)
+    assert not request.sampling.has_penalties
+    assert (request.sampling.min_p, request.sampling.logit_bias) == (0.0, ())
 
 
 async def test_what_is_almost_greedy_is_greedy() -> None:

@@ -69,6 +69,30 @@ def test_bytes_of_yesterday_are_understood_today() -> None:
     assert CODEC.encode(TokenBatch(instance="d", deltas=(delta,))) == tokens
 
 
+def test_parameters_that_were_not_asked_for_take_no_bytes() -> None:
+    greedy = SamplingParams(max_tokens=4, temperature=0.0)
+    golden = bytes.fromhex("82aa6d61785f746f6b656e7304ab74656d7065726174757265cb0000000000000000")
+    assert msgspec.msgpack.encode(greedy) == golden
+    assert msgspec.msgpack.decode(golden, type=SamplingParams) == greedy
+    # Before there were penalties every parameter was written out.
+    golden = bytes.fromhex(
+        "89aa6d61785f746f6b656e7304ab74656d7065726174757265cb0000000000000000a5746f705f70cb3ff00000"
+        "00000000a5746f705f6bc0a47365656400aa6d696e5f746f6b656e7300ae73746f705f746f6b656e5f69647390"
+        "aa69676e6f72655f656f73c2a86c6f6770726f6273c0"
+    )
+    assert msgspec.msgpack.decode(golden, type=SamplingParams) == greedy
+    penalised = SamplingParams(
+        max_tokens=1, min_p=0.5, repetition_penalty=2.0, logit_bias=((5, -1.5), (300, 2.0))
+    )
+    golden = bytes.fromhex(
+        "84aa6d61785f746f6b656e7301a56d696e5f70cb3fe0000000000000b272657065746974696f6e5f70656e616c"
+        "7479cb4000000000000000aa6c6f6769745f62696173929205cbbff800000000000092cd012ccb400000000000"
+        "0000"
+    )
+    assert msgspec.msgpack.encode(penalised) == golden
+    assert msgspec.msgpack.decode(golden, type=SamplingParams) == penalised
+
+
 def test_a_field_of_tomorrow_is_ignored() -> None:
     data = msgspec.msgpack.encode({"t": "Done", "count": 3, "colour": "blue"})
     assert CODEC.decode(data) == Done(count=3)
