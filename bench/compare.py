@@ -224,13 +224,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def table(compared: dict[str, dict[str, dict[str, Any]]], workloads: Sequence[Workload]) -> str:
     """One line a workload and contender; ``×`` is Banyan's figure over the contender's."""
-    head = f"{'workload':<14}{'contender':<30}{'output tok/s':>14}{'×':>7}{'±':>6}"
+    head = f"{'workload':<14}{'contender':<30}{'dtype':<9}{'output tok/s':>14}{'×':>7}{'±':>6}"
     lines = [
         head + f"{'prefill tok/s':>15}{'×':>7}{'±':>6}{'decode ms':>11}{'TTFT s':>8}{'floor':>7}"
     ]
     for workload in workloads:
         for label, entry in compared[workload.name].items():
-            cells = [f"{workload.name:<14}{label:<30}"]
+            cells = [f"{workload.name:<14}{label:<30}{entry['dtype']:<9}"]
             for figure, width in zip(FIGURES, (14, 15), strict=True):
                 cells.append(_number(entry.get(figure), width, ",.1f"))
                 cells.append(_number(entry["ratio"].get(figure), 7, ".2f"))

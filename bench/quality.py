@@ -31,7 +31,8 @@ from shared.core.request import Request, SamplingParams
 from shared.engine.attention import AttentionBatch
 from shared.engine.build import build_engine
 from shared.engine.config import EngineConfig
-from shared.engine.model import ModelChain, load_model
+from shared.engine.chain import ModelChain
+from shared.engine.model import load_model
 from shared.kvcache.pool import KVPool
 
 BUNDLED = ROOT / "models" / "tiny-chat"

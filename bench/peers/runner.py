@@ -6,6 +6,7 @@ Standard library only: it runs in the peers' environments.
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from bench import offline
@@ -13,12 +14,19 @@ from bench.serving import Serving
 from bench.workload import Workload
 
 
+BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
+"""Names that the kernel has for bf16 arithmetic, on x86 and ARM."""
+
+
 class PeerSettings:
-    """What a runner was asked for; remembers which options were looked at."""
+    """What a runner was asked for; remembers which options were looked at.
+
+    ``dtype`` is ``fp32`` instead of ``bf16`` or ``auto`` where bf16 would only be emulated.
+    """
 
     def __init__(self, args: argparse.Namespace, workloads: Sequence[Workload]) -> None:
         self.model: str = args.model
-        self.dtype: str = args.dtype
+        self.dtype: str = args.dtype if computes_bf16() else "fp32"
         self.num_threads: int | None = args.num_threads
         self.cache_dir: str = args.cache_dir
         self.max_model_len = max(workload.max_model_len for workload in workloads)
@@ -36,6 +44,17 @@ class PeerSettings:
         """Exit with a message if an option was given that nobody looked at."""
         if unknown := self._options.keys() - self._known:
             raise SystemExit(f"--set {', '.join(sorted(unknown))}: known are {sorted(self._known)}")
+
+
+def computes_bf16(
+    cpuinfo: Path = Path("/proc/cpuinfo"), driver: Path = Path("/proc/driver/nvidia/version")
+) -> bool:
+    """Whether this machine has a GPU, or a CPU that multiplies bf16; ``True`` if in doubt."""
+    if driver.exists() or not cpuinfo.exists():
+        return True
+    lines = cpuinfo.read_text().splitlines()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), None)
+    return flags is None or bool(BF16_FLAGS & set(flags.split()))
 
 
 Make = Callable[[PeerSettings], tuple[Serving, dict[str, Any]]]

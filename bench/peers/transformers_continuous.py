@@ -15,6 +15,7 @@ from bench.peers.transformers import DTYPES
 from bench.serving import Emit
 from bench.workload import OfflineRequest
 
+PAGE_SIZE = 256
 RESULT_TIMEOUT_S = 120.0
 
 
@@ -72,6 +73,8 @@ def make(settings: runner.PeerSettings) -> tuple[ContinuousServing, dict[str, An
     )
     model.to(device)
     model.eval()
+    # On a CPU its own choice is nearly the whole memory, and its masks are as wide as the cache.
+    num_blocks = settings.max_batch * (settings.max_model_len // PAGE_SIZE + 2)
     max_batch_tokens = settings.option("max_batch_tokens", "")
     manager = model.init_continuous_batching(
         generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
@@ -80,6 +83,8 @@ def make(settings: runner.PeerSettings) -> tuple[ContinuousServing, dict[str, An
         continuous_batching_config=ContinuousBatchingConfig(
             max_batch_tokens=int(max_batch_tokens) if max_batch_tokens else None,
             allow_block_sharing=False,
+            page_size=PAGE_SIZE,
+            num_blocks=num_blocks if device == "cpu" else None,
         ),
     )
     manager.start()

@@ -14,8 +14,8 @@ from shared.core.preemption import PreemptionCost, PreemptionKind, SwapSpace
 from shared.core.request import Request, RequestKey
 from shared.core.step_work import StepWork, work_of
 from shared.engine.attention import AttentionBackend
+from shared.engine.chain import ModelChain
 from shared.engine.config import EngineConfig
-from shared.engine.model import ModelChain
 from shared.engine.outputs import EngineStats, KVSink, RequestOutput, Reservation, StepOutput
 from shared.engine.runner import ModelRunner, Sampled
 from shared.engine.spec import ModelSpec

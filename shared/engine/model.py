@@ -1,13 +1,10 @@
-"""A transformers model as a chain: embedding, layers one by one, head."""
+"""Loads a transformers model and proves that our chain of its parts does what it does."""
 
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -15,13 +12,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging as transformers_logging
+from transformers.utils import logging
 
 from shared.engine import probe
-from shared.engine.attention import AttentionBackend, AttentionBatch
-from shared.engine.experts import ExpertLoad
+from shared.engine.chain import ModelChain
 from shared.engine.families import ModelParts, find_parts
-from shared.engine.fused import FUSED_MODELS, FusedHead, FusedLayer, RotaryTable, fusable_layers
+from shared.engine.fused import FUSED_MODELS
 from shared.engine.kernels import LayerKernels
 from shared.engine.native.library import load_library
 from shared.engine.quantize import quantize, require_packages, require_torchao, stored_bytes
@@ -30,133 +26,10 @@ from shared.engine.spec import ModelSpec, fingerprint
 from shared.errors import BanyanError, ConfigError, OutOfMemory, UnsupportedModel
 from shared.kvcache.codec import PLAIN_DTYPES
 from shared.kvcache.layout import KVLayout
-from shared.kvcache.pool import KVPool
 from shared.kvcache.sizing import device_memory_bytes
-
-logger = logging.getLogger(__name__)
-
-PROBE_BLOCK_SIZE = 64  # holds all tokens of the probe
 
 # Their frequencies depend on the longest request of a batch beyond the original context.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
-
-class ModelChain:
-    """A loaded model, run in segments ``[lo, hi)`` of its layers by whoever holds it.
-
-    Tokens of all requests are flattened into one dimension. Every method runs without gradients
-    and changes nothing but the KV cache behind ``batch.backend`` and the counts in
-    ``expert_load``.
-    """
-
-    def __init__(
-        self, parts: ModelParts, spec: ModelSpec, device: torch.device, kernels: LayerKernels
-    ) -> None:
-        self.spec = spec
-        self.device = device
-        self.expert_load = ExpertLoad(parts.layers, device)
-        self.kernels = kernels
-        self._parts = parts
-        self._rotary: RotaryTable | None = None
-        self._fused: list[FusedLayer | None] = [None] * spec.num_layers
-
-    @property
-    def num_fused_layers(self) -> int:
-        """How many layers run in their fused form."""
-        return sum(layer is not None for layer in self._fused)
-
-    def attention(self, pool: KVPool) -> AttentionBackend:
-        """The best attention there is for this model, device and pool."""
-        return self.kernels.attention(pool, self.spec)
-
-    @torch.inference_mode()
-    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states ``[num_tokens, hidden_size]`` of token ids at positions.
-
-        Both are ``[num_tokens]`` int64 on the device.
-        """
-        hidden = self._parts.embed(token_ids.unsqueeze(0), positions.unsqueeze(0))[0]
-        return hidden.to(self.kernels.activation_dtype)
-
-    @torch.inference_mode()
-    def run_layers(
-        self,
-        lo: int,
-        hi: int,
-        hidden: Tensor,
-        batch: AttentionBatch,
-        *,
-        on_layer: Callable[[int], None] | None = None,
-    ) -> Tensor:
-        """Layers ``[lo, hi)`` on ``hidden`` ``[num_tokens, hidden_size]``; same shape out.
-
-        Each layer writes the KV of the batch's tokens. ``on_layer`` is called right after each
-        layer (its KV may still be on its way on an asynchronous device).
-        """
-        cos_sin = None if self._rotary is None else self._rotary.lookup(batch.positions)
-        embeddings: Sequence[Any] | None = None
-        for index in range(lo, hi):
-            fused = self._fused[index]
-            if fused is not None and cos_sin is not None:
-                hidden = fused(hidden, batch, cos_sin)
-            else:
-                if embeddings is None:
-                    positions = batch.positions.unsqueeze(0)
-                    embeddings = self._parts.position_embeddings(hidden[None], positions, lo, hi)
-                hidden = self._run_module(index, hidden, batch, embeddings[index - lo])
-            if on_layer is not None:
-                on_layer(index)
-        return hidden
-
-    def _run_module(
-        self, index: int, hidden: Tensor, batch: AttentionBatch, position_embeddings: Any
-    ) -> Tensor:
-        output: Tensor = self._parts.layers[index](
-            hidden.unsqueeze(0),
-            attention_mask=None,
-            position_ids=batch.positions.unsqueeze(0),
-            past_key_values=None,
-            use_cache=False,
-            banyan_batch=batch,
-            position_embeddings=position_embeddings,
-        )
-        return output[0]
-
-    @torch.inference_mode()
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits ``[num_rows, vocab_size]`` fp32 of rows of hidden states behind the last layer."""
-        return self._parts.head(hidden).float()
-
-    def fuse(self, expected: probe.Trace, dtype: str) -> None:
-        """Replace the pieces that have a fused form by it, if it does what they did.
-
-        ``expected`` is what went into and out of each. The modules of replaced layers are let go.
-        """
-        rotary = self._parts.rotary
-        fusable = fusable_layers(list(self._parts.layers))
-        # Without one there is no use for a table, and not every rotary embedding makes cosines.
-        if rotary is None or self._parts.rotary_kinds or not any(fusable):
-            return
-        self._rotary = RotaryTable(rotary, self.device)
-        self._rotary.reserve(self.spec.max_model_len)
-        layers = self._parts.layers
-        for index, is_fusable in enumerate(fusable):
-            if not is_fusable:
-                continue
-            self._fused[index] = FusedLayer(layers[index], self.kernels)
-            given, output = expected.hidden[index : index + 2]
-            error = probe.piece_error(given, output, _run_layer(self, index, given))
-            if error <= probe.TOLERANCE[dtype]:
-                layers[index] = nn.Identity()
-            else:
-                logger.warning(
-                    "fused layer differs from its module, which stays",
-                    extra={"layer": index, "relative_error": error},
-                )
-                self._fused[index] = None
-        if self.num_fused_layers == self.spec.num_layers and self._parts.plain_head is not None:
-            norm, output_layer = self._parts.plain_head
-            self._parts = replace(self._parts, head=FusedHead(norm, output_layer, self.kernels))
 
 
 def load_model(
@@ -274,7 +147,7 @@ def _load(
     path: Path, config: PreTrainedConfig, dtype: str, device: torch.device
 ) -> PreTrainedModel:
     # Progress goes to the caller; bars on stderr would only spoil a service's log.
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(
             str(path),
@@ -326,7 +199,7 @@ def _verified_chain(
                 f"this CPU has no bf16 instructions and {spec.architecture} no layers that do "
                 "without; load it with dtype fp32"
             )
-        ours = _trace_pieces(chain, token_ids, expected)
+        ours = chain.trace(token_ids, expected)
         probe.compare(type(model).__name__, expected, ours, dtype)
         chain.expert_load.reset()
     except BanyanError:
@@ -362,32 +235,6 @@ def _make_spec(
         sliding_windows=tuple(notes.windows),
         attention_features=frozenset(notes.features),
     )
-
-
-@torch.inference_mode()
-def _trace_pieces(chain: ModelChain, token_ids: Tensor, expected: probe.Trace) -> probe.Trace:
-    """What each of our pieces makes of its input in ``expected``."""
-    positions = torch.arange(len(token_ids), device=chain.device)
-    hidden = [chain.embed(token_ids, positions)]
-    hidden += [
-        _run_layer(chain, index, expected.hidden[index]) for index in range(chain.spec.num_layers)
-    ]
-    last = expected.hidden[-1].to(chain.kernels.activation_dtype)
-    return probe.Trace(tuple(hidden), chain.head(last))
-
-
-@torch.inference_mode()
-def _run_layer(chain: ModelChain, index: int, given: Tensor) -> Tensor:
-    """Layer ``index`` on ``given``, in two chunks of tokens, so that the cache is read too."""
-    num_tokens = len(given)
-    backend = chain.attention(KVPool(chain.spec.kv_layout(PROBE_BLOCK_SIZE), 1, chain.device))
-    outputs = []
-    for start, end in ((0, num_tokens // 2), (num_tokens // 2, num_tokens)):
-        positions = torch.arange(start, end, device=chain.device)
-        batch = AttentionBatch(positions, positions, [0, end - start], [end], [[0]], backend)
-        chunk = given[start:end].to(chain.kernels.activation_dtype, copy=True)
-        outputs.append(chain.run_layers(index, index + 1, chunk, batch))
-    return torch.cat(outputs)
 
 
 def _max_model_len(config: PreTrainedConfig) -> int:

@@ -8,7 +8,7 @@ import torch
 from shared.core.batch_plan import Chunk
 from shared.core.request import RequestKey, TokenLogprobs
 from shared.engine.attention import AttentionBackend, AttentionBatch
-from shared.engine.model import ModelChain
+from shared.engine.chain import ModelChain
 from shared.engine.outputs import KVExport, KVSink
 from shared.engine.sampler import SamplingRow, sample
 from shared.errors import EngineError

@@ -17,7 +17,7 @@ from shared.engine.kernels import LayerKernels, TorchKernels
 from shared.engine.native import kernels as native
 
 if TYPE_CHECKING:
-    from shared.engine.model import ModelChain
+    from shared.engine.chain import ModelChain
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from shared.engine.attention import AttentionBatch, TorchAttention
+from shared.engine.chain import ModelChain
 from shared.engine.engine import Engine
-from shared.engine.model import ModelChain, load_model
+from shared.engine.model import load_model
 from shared.errors import UnsupportedModel
 from shared.kvcache.pool import KVPool
 from tests.engines import Collector, Reference, make_engine, make_request, random_prompt, run

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import compare, engine, offline
-from bench.peers.runner import PeerSettings
+from bench.peers.runner import PeerSettings, computes_bf16
 from bench.workload import uniform
 
 
@@ -130,6 +130,25 @@ def test_figures_that_somebody_lacks_are_left_out() -> None:
     other = compare.compare(rounds, "w")["other"]
     assert other["ratio"] == {"output_tokens_per_s": 2.0}
     assert other["spread"]["output_tokens_per_s"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "is_native"),
+    [
+        ("flags\t\t: fpu avx512f avx512_vnni", False),
+        ("flags\t\t: fpu avx512f amx_bf16", True),
+        ("Features\t: fp asimd bf16", True),
+        ("processor\t: 0", True),
+    ],
+)
+def test_bf16_is_left_to_machines_that_have_it(
+    tmp_path: Path, line: str, is_native: bool
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"vendor: x\n{line}\n")
+    assert computes_bf16(cpuinfo, tmp_path / "driver") == is_native
+    (tmp_path / "driver").touch()
+    assert computes_bf16(cpuinfo, tmp_path / "driver")
 
 
 def test_a_peer_refuses_settings_it_does_not_know() -> None:

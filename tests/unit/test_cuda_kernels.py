@@ -187,8 +187,8 @@ class Case:
             block_tables=self.tables,
             backend=backend,
         )
-        heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-        query, key, value = self.qkv.split(heads, dim=1)
+        heads = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
+        query, key, value = torch.split(self.qkv, heads, dim=1)
         return backend.forward(
             0,
             query,

@@ -13,7 +13,7 @@ from shared.engine.cuda.attention import CudaAttention
 from shared.engine.cuda.batch import packed_size, padded_batch_size, static_decodes
 
 if TYPE_CHECKING:
-    from shared.engine.model import ModelChain
+    from shared.engine.chain import ModelChain
 
 logger = logging.getLogger(__name__)
 

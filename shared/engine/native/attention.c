@@ -91,9 +91,11 @@ INLINE void score_block(const float *q, int group, const void *keys, int64_t lo,
         ask_for((const char *)keys + (block_size + t) * row_bytes, VL, row_bytes);
         for (int g = 0; g < group; g++) {
             vf dots[VL];
+            UNROLL
             for (int i = 0; i < VL; i++) dots[i] = splat(0.0f);
             for (int64_t d = 0; d < head_dim; d += VL) {
                 vf own = load_f32(q + g * head_dim + d);
+                UNROLL
                 for (int i = 0; i < VL; i++)
                     dots[i] += own * load_any(keys, (t + i) * head_dim + d, dtype);
             }
@@ -149,10 +151,10 @@ INLINE void soften(float *scores, int64_t count, float *top, float *total, float
 
 /* One request's only row, for the query heads [head, head + group) of one KV head. */
 INLINE void attend_row(const job_t *job, int64_t seq, int64_t kv_head, int64_t head, int group,
-                       float *space, int32_t dtype) {
+                       float *space, int64_t dim, int32_t dtype) {
     const attention_t *s = job->shape;
     int64_t row = job->batch->cu_seqlens_q[seq], context_len = job->batch->context_lens[seq];
-    int64_t dim = s->head_dim, size = s->block_size, from = first_seen(s, context_len - 1);
+    int64_t size = s->block_size, from = first_seen(s, context_len - 1);
     float *q = space, *out = q + group * dim, *scores = out + group * dim;
     float top[MAX_GROUP], total[MAX_GROUP];
     for (int g = 0; g < group; g++) {
@@ -279,22 +281,18 @@ static void attend_decode_job(const job_t *job, int64_t seq, int64_t part, float
     int64_t kv_head = part / parts, first = part % parts * MAX_GROUP;
     int count = group - first < MAX_GROUP ? (int)(group - first) : MAX_GROUP;
     int64_t head = kv_head * group + first;
-#define ATTEND_ROW(N)                                                                             \
-    case N:                                                                                       \
-        if (s->cache_dtype == BF16)                                                               \
-            attend_row(job, seq, kv_head, head, N, space, BF16);                                  \
-        else                                                                                      \
-            attend_row(job, seq, kv_head, head, N, space, F32);                                   \
-        break;
-    switch (count) {
-        ATTEND_ROW(1)
-        ATTEND_ROW(2)
-        ATTEND_ROW(3)
-        ATTEND_ROW(4)
-        ATTEND_ROW(5)
-        ATTEND_ROW(6)
-        ATTEND_ROW(7)
-        ATTEND_ROW(8)
+    /* The common sizes as constants, so that the loops over a head are unrolled. */
+#define ATTEND_ROW(DTYPE)                                                                         \
+    if (s->head_dim == 64)                                                                        \
+        attend_row(job, seq, kv_head, head, count, space, 64, DTYPE);                             \
+    else if (s->head_dim == 128)                                                                  \
+        attend_row(job, seq, kv_head, head, count, space, 128, DTYPE);                            \
+    else                                                                                          \
+        attend_row(job, seq, kv_head, head, count, space, s->head_dim, DTYPE);
+    if (s->cache_dtype == BF16) {
+        ATTEND_ROW(BF16)
+    } else {
+        ATTEND_ROW(F32)
     }
 }
 
