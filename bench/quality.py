@@ -30,8 +30,8 @@ from bench.suite import ROOT
 from shared.core.request import Request, SamplingParams
 from shared.engine.attention import AttentionBatch
 from shared.engine.build import build_engine
-from shared.engine.config import EngineConfig
 from shared.engine.chain import ModelChain
+from shared.engine.config import EngineConfig
 from shared.engine.model import load_model
 from shared.kvcache.pool import KVPool
 

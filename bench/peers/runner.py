@@ -13,7 +13,6 @@ from bench import offline
 from bench.serving import Serving
 from bench.workload import Workload
 
-
 BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 """Names that the kernel has for bf16 arithmetic, on x86 and ARM."""
 

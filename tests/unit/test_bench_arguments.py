@@ -141,9 +141,7 @@ def test_figures_that_somebody_lacks_are_left_out() -> None:
         ("processor\t: 0", True),
     ],
 )
-def test_bf16_is_left_to_machines_that_have_it(
-    tmp_path: Path, line: str, is_native: bool
-) -> None:
+def test_bf16_is_left_to_machines_that_have_it(tmp_path: Path, line: str, is_native: bool) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"vendor: x\n{line}\n")
     assert computes_bf16(cpuinfo, tmp_path / "driver") == is_native
