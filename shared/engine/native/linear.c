@@ -10,6 +10,8 @@
 
 /* Bytes of packed activations that are to stay in the second-level cache. */
 #define ROW_BLOCK_BYTES (384 << 10)
+/* Columns of the weights at a time, where there are many rows. */
+#define MAX_DEPTH 1024
 /* From so many rows on a panel is widened once into memory rather than in registers per tile. */
 #define WIDEN_ROWS (4 * MR)
 
@@ -110,30 +112,44 @@ static void finish_tile(const linear_t *l, int is_added, int64_t panel, vf acc[]
     }
 }
 
-/* One panel times the packed rows of one block. `b` is the panel, in the weights' type or fp32. */
-static void run_panel(const linear_t *l, int is_added, int64_t panel, const void *b, int32_t b_dtype,
-                      const float *packed, int64_t num_rows, float *y, int64_t y_stride) {
+/* A product y (+)= x W^T of one block of rows and some columns of W, [first, first + depth). */
+typedef struct {
+    const linear_t *l;
+    int is_added;
+    int64_t first, depth;
+    const float *packed; /* the rows, in tiles of [depth][rows] */
+    int64_t num_rows;
+    float *y;
+    int64_t y_stride;
+} block_t;
+
+/* Its part of panel `panel`, which is at `b` in the weights' type or fp32. */
+static void run_panel(const block_t *block, int64_t panel, const void *b, int32_t b_dtype) {
+    const linear_t *l = block->l;
+    int64_t depth = block->depth, num_rows = block->num_rows;
     vf bias[2] = {splat(0.0f), splat(0.0f)};
-    if (l->bias) bias[0] = load_f32(l->bias + panel * NR), bias[1] = load_f32(l->bias + panel * NR + VL);
+    if (l->bias && block->first == 0) load_row_f32(l->bias + panel * NR, bias);
     int step = tile_rows(num_rows);
     /* Each tile asks for its share of the next panel, so that memory is never idle. */
-    int64_t ahead_bytes = NR * item_bytes(l->dtype) * l->in_features;
-    const char *ahead = (const char *)l->weights + (panel + 1) * ahead_bytes;
-    int64_t ahead_step = ahead_bytes / l->in_features * step / num_rows;
+    int64_t row_bytes = NR * item_bytes(l->dtype);
+    const char *ahead = (const char *)l->weights +
+                        ((panel + 1) * l->in_features + block->first) * row_bytes;
+    int64_t ahead_step = row_bytes * step / num_rows;
     for (int64_t row = 0; row < num_rows; row += step) {
         int rows = num_rows - row < step ? (int)(num_rows - row) : step;
-        const float *a = packed + row * l->in_features;
+        const float *a = block->packed + row * depth;
         vf acc[MR][2];
         for (int r = 0; r < rows; r++) acc[r][0] = bias[0], acc[r][1] = bias[1];
-#define RUN_F32(R) tile_f32(R, l->in_features, a, b, NR, acc, ahead, ahead_step)
-#define RUN_BF16(R) tile_bf16(R, l->in_features, a, b, NR, acc, ahead, ahead_step)
+#define RUN_F32(R) tile_f32(R, depth, a, 1, R, b, NR, acc, ahead, ahead_step)
+#define RUN_BF16(R) tile_bf16(R, depth, a, 1, R, b, NR, acc, ahead, ahead_step)
         if (b_dtype == BF16) {
             WITH_ROWS(rows, RUN_BF16)
         } else {
             WITH_ROWS(rows, RUN_F32)
         }
-        ahead += ahead_step * l->in_features;
-        finish_tile(l, is_added, panel, acc, rows, y + row * y_stride, y_stride);
+        ahead += ahead_step * depth;
+        finish_tile(l, block->is_added, panel, acc, rows, block->y + row * block->y_stride,
+                    block->y_stride);
     }
 }
 
@@ -146,23 +162,28 @@ static void widen_panel(float *wide, const bf16 *panel, int64_t count) {
     }
 }
 
-/* Rows [0, num_rows) against panels [lo, hi). `packed` and `wide` are the thread's own scratch. */
+/* Rows [0, num_rows) against panels [lo, hi), `depth` columns of W at a time. `packed` and `wide`
+ * are the thread's own scratch. */
 static void run_block(const linear_t *l, int is_added, const float *x, int64_t x_stride, float *y,
-                      int64_t y_stride, int64_t num_rows, int64_t lo, int64_t hi, float *packed,
-                      float *wide) {
-    int64_t k = l->in_features;
+                      int64_t y_stride, int64_t num_rows, int64_t lo, int64_t hi, int64_t depth,
+                      float *packed, float *wide) {
+    int64_t row_bytes = NR * item_bytes(l->dtype);
     int step = tile_rows(num_rows);
-    for (int64_t row = 0; row < num_rows; row += step) {
-        int rows = num_rows - row < step ? (int)(num_rows - row) : step;
-        pack_rows(packed + row * k, x + row * x_stride, x_stride, rows, k);
-    }
-    for (int64_t p = lo; p < hi; p++) {
-        const char *panel = (const char *)l->weights + p * k * NR * item_bytes(l->dtype);
-        if (l->dtype == BF16 && num_rows >= WIDEN_ROWS) {
-            widen_panel(wide, (const bf16 *)panel, k * NR);
-            run_panel(l, is_added, p, wide, F32, packed, num_rows, y, y_stride);
-        } else {
-            run_panel(l, is_added, p, panel, l->dtype, packed, num_rows, y, y_stride);
+    for (int64_t first = 0; first < l->in_features; first += depth) {
+        int64_t k = l->in_features - first < depth ? l->in_features - first : depth;
+        for (int64_t row = 0; row < num_rows; row += step) {
+            int rows = num_rows - row < step ? (int)(num_rows - row) : step;
+            pack_rows(packed + row * k, x + row * x_stride + first, x_stride, rows, k);
+        }
+        block_t block = {l, is_added || first > 0, first, k, packed, num_rows, y, y_stride};
+        for (int64_t p = lo; p < hi; p++) {
+            const char *panel = (const char *)l->weights + (p * l->in_features + first) * row_bytes;
+            if (l->dtype == BF16 && num_rows >= WIDEN_ROWS) {
+                widen_panel(wide, (const bf16 *)panel, k * NR);
+                run_panel(&block, p, wide, F32);
+            } else {
+                run_panel(&block, p, panel, l->dtype);
+            }
         }
     }
 }
@@ -172,8 +193,11 @@ static int64_t round_up(int64_t value, int64_t step) { return (value + step - 1)
 void run_linear(const linear_t *l, int32_t is_added, const float *x, int64_t x_stride, float *y, int64_t y_stride,
                 int64_t num_rows, int32_t num_threads) {
     if (num_rows == 0) return;
-    int64_t k = l->in_features;
     int64_t panels = is_gated(l->epilogue) ? (l->out_features / 2 + VL - 1) / VL : num_panels(l);
+    /* A gate needs the whole sum; and few rows fit the cache however long they are. */
+    int64_t k = l->in_features;
+    if (!is_gated(l->epilogue) && num_rows >= WIDEN_ROWS && k > MAX_DEPTH)
+        k = round_up(k / ((k + MAX_DEPTH - 1) / MAX_DEPTH) + 1, 2);
     int64_t most = ROW_BLOCK_BYTES / (k * (int64_t)sizeof(float));
     if (most < WIDEN_ROWS) most = WIDEN_ROWS;
     /* Many rows are divided among the threads, few share the panels. */
@@ -194,7 +218,7 @@ void run_linear(const linear_t *l, int32_t is_added, const float *x, int64_t x_s
             int64_t row = job / panel_jobs * block, part = job % panel_jobs;
             int64_t rows = num_rows - row < block ? num_rows - row : block;
             run_block(l, is_added, x + row * x_stride, x_stride, y + row * y_stride, y_stride, rows,
-                      panels * part / panel_jobs, panels * (part + 1) / panel_jobs, packed, wide);
+                      panels * part / panel_jobs, panels * (part + 1) / panel_jobs, k, packed, wide);
         }
     }
 }

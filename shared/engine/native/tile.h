@@ -4,27 +4,38 @@
 
 #include "simd.h"
 
-/* acc[rows][2] += A B for A [depth][rows], packed, and B [depth] rows of NR numbers, b_stride
- * apart. `rows` is a constant at every call, so that the accumulators stay in registers. While it
- * computes it asks for memory: from `ahead` on, `ahead_step` bytes a step. */
+/* One column of A times one row of B. */
+#define TILE_STEP(LOAD_ROW)                                                                       \
+    {                                                                                             \
+        vf row[2];                                                                                \
+        LOAD_ROW(b, row);                                                                         \
+        for (int r = 0; r < rows; r++) {                                                          \
+            vf x = splat(a[r * a_row]);                                                           \
+            c[r][0] += x * row[0];                                                                \
+            c[r][1] += x * row[1];                                                                \
+        }                                                                                         \
+        a += a_column;                                                                            \
+        b += b_stride;                                                                            \
+    }
+
+/* acc[rows][2] += A B for A [rows, depth], its rows a_row and its columns a_column apart, and B
+ * [depth] rows of NR numbers, b_stride apart. `rows` is a constant at every call, so that the
+ * accumulators stay in registers. While it computes it asks for memory: from `ahead` on,
+ * `ahead_step` bytes a step, every second step. */
 #define DEFINE_TILE(NAME, TYPE, LOAD_ROW)                                                         \
-    INLINE void NAME(int rows, int64_t depth, const float *a, const TYPE *b, int64_t b_stride,    \
-                     vf acc[][2], const char *ahead, int64_t ahead_step) {                        \
+    INLINE void NAME(int rows, int64_t depth, const float *a, int64_t a_row, int64_t a_column,    \
+                     const TYPE *b, int64_t b_stride, vf acc[][2], const char *ahead,             \
+                     int64_t ahead_step) {                                                        \
         vf c[MR][2];                                                                              \
         for (int r = 0; r < rows; r++) c[r][0] = acc[r][0], c[r][1] = acc[r][1];                  \
-        for (int64_t k = 0; k < depth; k++) {                                                     \
+        for (int64_t k = 1; k < depth; k += 2) {                                                  \
             __builtin_prefetch(ahead, 0, 2);                                                      \
-            ahead += ahead_step;                                                                  \
-            vf row[2];                                                                            \
-            LOAD_ROW(b, row);                                                                     \
-            for (int r = 0; r < rows; r++) {                                                      \
-                vf x = splat(a[r]);                                                               \
-                c[r][0] += x * row[0];                                                            \
-                c[r][1] += x * row[1];                                                            \
-            }                                                                                     \
-            a += rows;                                                                            \
-            b += b_stride;                                                                        \
+            if (2 * ahead_step > 64) __builtin_prefetch(ahead + 64, 0, 2);                        \
+            ahead += 2 * ahead_step;                                                              \
+            TILE_STEP(LOAD_ROW)                                                                   \
+            TILE_STEP(LOAD_ROW)                                                                   \
         }                                                                                         \
+        if (depth % 2) TILE_STEP(LOAD_ROW)                                                        \
         for (int r = 0; r < rows; r++) acc[r][0] = c[r][0], acc[r][1] = c[r][1];                  \
     }
 
