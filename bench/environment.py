@@ -2,29 +2,44 @@
 
 import os
 import platform
+import shutil
 import subprocess
 from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
-from bench.suite import ROOT
-
-PACKAGES = ("torch", "transformers", "nats-py", "msgspec", "fastapi")
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {"torch": "torch", "triton": "triton", "transformers": "transformers"} | {
+    "nats-py": "nats",
+    "msgspec": "msgspec",
+    "fastapi": "fastapi",
+}
+"""Distributions and what is imported of them; those that are not installed are left out."""
 
 
 def environment() -> dict[str, object]:
-    """Git revision, machine and versions."""
-    revision = subprocess.run(
+    """Git revision (empty outside of a repository), machine and versions."""
+    return {
+        "git": _revision(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_cpu_name()}",
+        "python": platform.python_version(),
+        "versions": {
+            name: metadata.version(name) for name, of in PACKAGES.items() if find_spec(of)
+        },
+    }
+
+
+def _revision() -> str:
+    if shutil.which("git") is None:
+        return ""
+    described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
-    ).stdout.strip()
-    return {
-        "git": revision,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_cpu_name()}",
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-    }
+    )
+    return described.stdout.strip()
 
 
 def _cpu_name() -> str:

@@ -23,7 +23,13 @@ def random_prompt(length: int, seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist())
 
 
-def make_engine(path: Path, *, kv_sink: KVSink | None = None, **settings: Any) -> Engine:
+def make_engine(
+    path: Path,
+    *,
+    kv_sink: KVSink | None = None,
+    is_pipelined: bool | None = None,
+    **settings: Any,
+) -> Engine:
     """An fp32 engine with small blocks and small batches, unless ``settings`` say otherwise."""
     defaults: dict[str, Any] = {
         "dtype": "fp32",
@@ -34,7 +40,7 @@ def make_engine(path: Path, *, kv_sink: KVSink | None = None, **settings: Any) -
         "max_num_batched_tokens": 16,
     }
     config = EngineConfig(model_path=str(path), **(defaults | settings))
-    return build_engine(config, kv_sink=kv_sink)
+    return build_engine(config, kv_sink=kv_sink, is_pipelined=is_pipelined)
 
 
 def make_request(
@@ -50,6 +56,7 @@ def make_request(
     priority: int = 0,
     logprobs: int | None = None,
     tenant: str = "",
+    group: str | None = None,
 ) -> Request:
     """A request, greedy unless a temperature is given."""
     return Request(
@@ -66,6 +73,7 @@ def make_request(
         ),
         priority=priority,
         tenant=tenant,
+        group_id=group,
     )
 
 

@@ -16,14 +16,19 @@ from bench.serving import Emit
 from bench.workload import OfflineRequest
 
 PAGE_SIZE = 256
+"""Its default, under a name that depends on the version."""
 RESULT_TIMEOUT_S = 120.0
 
 
 class ContinuousServing:
-    """A running manager; its thread computes, this one waits for results."""
+    """A running manager; its thread computes, this one waits for results.
 
-    def __init__(self, manager: Any) -> None:
+    Unless it ``is_streaming`` tokens come when their request is done, which costs the manager less.
+    """
+
+    def __init__(self, manager: Any, *, is_streaming: bool = True) -> None:
         self._manager = manager
+        self._is_streaming = is_streaming
         self._num_added = 0
         self._running: dict[str, tuple[int, int]] = {}
         """Index of a request and its tokens so far, by the manager's name for it."""
@@ -37,7 +42,7 @@ class ContinuousServing:
             list(request.prompt_token_ids),
             request_id=name,
             max_new_tokens=request.output_len,
-            streaming=True,
+            streaming=self._is_streaming,
             eos_token_id=-1,
         )
 
@@ -60,6 +65,35 @@ class ContinuousServing:
             first = None if queue.empty() else self._manager.get_result()
         emit((index, count) for index, count in counts.items() if count)
 
+    def stop(self) -> None:
+        """End the manager's thread."""
+        self._manager.stop(block=True, timeout=RESULT_TIMEOUT_S)
+
+
+def start_serving(
+    model: Any,
+    *,
+    max_model_len: int,
+    max_batch: int,
+    max_batch_tokens: int | None = None,
+    is_streaming: bool = True,
+) -> ContinuousServing:
+    """A manager for ``model``, running."""
+    # On a CPU its own choice is nearly the whole memory, and its masks are as wide as the cache.
+    num_blocks = max_batch * (max_model_len // PAGE_SIZE + 2)
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=max_model_len, do_sample=False, eos_token_id=-1, pad_token_id=0
+        ),
+        continuous_batching_config=ContinuousBatchingConfig(
+            max_batch_tokens=max_batch_tokens,
+            allow_block_sharing=False,
+            num_blocks=num_blocks if model.device.type == "cpu" else None,
+        ),
+    )
+    manager.start()
+    return ContinuousServing(manager, is_streaming=is_streaming)
+
 
 def make(settings: runner.PeerSettings) -> tuple[ContinuousServing, dict[str, Any]]:
     """Load, and start the manager's thread."""
@@ -73,22 +107,14 @@ def make(settings: runner.PeerSettings) -> tuple[ContinuousServing, dict[str, An
     )
     model.to(device)
     model.eval()
-    # On a CPU its own choice is nearly the whole memory, and its masks are as wide as the cache.
-    num_blocks = settings.max_batch * (settings.max_model_len // PAGE_SIZE + 2)
     max_batch_tokens = settings.option("max_batch_tokens", "")
-    manager = model.init_continuous_batching(
-        generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=settings.max_model_len, do_sample=False, eos_token_id=-1, pad_token_id=0
-        ),
-        continuous_batching_config=ContinuousBatchingConfig(
-            max_batch_tokens=int(max_batch_tokens) if max_batch_tokens else None,
-            allow_block_sharing=False,
-            page_size=PAGE_SIZE,
-            num_blocks=num_blocks if device == "cpu" else None,
-        ),
+    serving = start_serving(
+        model,
+        max_model_len=settings.max_model_len,
+        max_batch=settings.max_batch,
+        max_batch_tokens=int(max_batch_tokens) if max_batch_tokens else None,
     )
-    manager.start()
-    return ContinuousServing(manager), {
+    return serving, {
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device,
         "num_threads": torch.get_num_threads(),

@@ -35,6 +35,11 @@ class SchedulerSettings(ServiceSettings):
     """A reservation whose KV has not arrived by then is freed."""
     retry_s: float = Field(default=0.05, gt=0)
     """Pause before a request that found no free blocks is tried again."""
+    patience_s: float = Field(default=0.2, gt=0)
+    """How long requests of a batch wait for the reservations of others, once theirs are answered;
+    longer than a step of a healthy decode worker."""
+    avoid_s: float = Field(default=10.0, ge=0)
+    """How long a decode worker that does not answer is taken only if there is no other."""
     audit_period_s: float = Field(default=5.0, gt=0)
 
     predict_timeout_s: float = Field(default=1.0, gt=0)

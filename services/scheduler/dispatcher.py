@@ -2,12 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from services.scheduler.cluster import Cluster
 from services.scheduler.commands import WorkerCommands
-from services.scheduler.routing import Pools, RoutingLimits, capacity_of, choose_decode, divide
+from services.scheduler.routing import (
+    Pools,
+    RoutingLimits,
+    beside_siblings,
+    capacity_of,
+    choose_decode,
+    divide,
+)
 from services.scheduler.table import Entry, EntryStatus, RequestTable
 from shared.clock import Clock
 from shared.core.policies import Policy, QueuedRequest
@@ -22,6 +29,9 @@ PASSING_REFUSALS = ("Overloaded", "Refused", "StaleCommand")
 APART_ATTEMPTS = 3
 """From this attempt on a request stays on one instance: where the data plane between two of them is
 broken, answers are slower but they come."""
+
+Reserving = asyncio.Task[StartItem | None]
+"""A reservation under way; its result is ``None`` when the request is not started now."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +62,8 @@ class Dispatcher:
         clock: Clock,
         hooks: DispatchHooks,
         retry_s: float,
+        patience_s: float,
+        avoid_s: float,
     ) -> None:
         self._commands = commands
         self._cluster = cluster
@@ -61,6 +73,10 @@ class Dispatcher:
         self._clock = clock
         self._hooks = hooks
         self._retry_s = retry_s
+        self._patience_s = patience_s
+        self._avoid_s = avoid_s
+        self._avoided: dict[str, float] = {}
+        """Until when: decode instances that owe an answer or failed to give one."""
         self._wake = asyncio.Event()
         self._placements: set[asyncio.Task[None]] = set()
 
@@ -103,7 +119,10 @@ class Dispatcher:
             )
         )
         capacity = capacity_of(pools, self._limits)
-        for batch in self._policy.next_prefill_batches(self._clock.now_s(), capacity):
+        batches = self._policy.next_prefill_batches(self._clock.now_s(), capacity)
+        if pools.is_disaggregated:  # else their decodes would gather in one place too
+            batches = beside_siblings(batches, pools, capacity, self._table.homes_of_groups())
+        for batch in batches:
             entries = [self._table.current(queued.key) for queued in batch.requests]
             live = [entry for entry in entries if entry is not None]
             self._choose(batch.instance, live, pools)
@@ -148,8 +167,16 @@ class Dispatcher:
             fresh,
             num_blocks=self._num_blocks(entry, pools),
             kv_layout=pools.prefill[0].report.kv_layout,
+            avoided=self._avoided_now(),
         )
         return worker.instance if worker is not None else None
+
+    def _avoided_now(self) -> Collection[str]:
+        now_s = self._clock.now_s()
+        self._avoided = {
+            name: until_s for name, until_s in self._avoided.items() if until_s > now_s
+        }
+        return self._avoided
 
     @staticmethod
     def _num_blocks(entry: Entry, pools: Pools) -> int:
@@ -167,34 +194,73 @@ class Dispatcher:
             self.enqueue(entry)
 
     async def _place(self, batch_id: int, prefill: str, entries: list[Entry], pools: Pools) -> None:
+        """Reserve for each of a batch and start it.
+
+        Nobody waits longer than ``patience_s`` for somebody else's answer. Those that are left
+        behind hold no slot, and start when theirs comes or, if none does, are queued again.
+        """
         # Entries may be withdrawn before their turn comes: where they were to go is noted now.
         targets = [entry.decode for entry in entries]
-        items = await asyncio.gather(
-            *(
-                self._reserve(entry, prefill, decode, pools)
-                for entry, decode in zip(entries, targets, strict=True)
-            )
-        )
-        started = [item for item in items if item is not None]
-        keys = {item.request.key for item in started}
-        wanted = [e for e in entries if e.key in keys and self._is_placing(e)]
-        batch = tuple(i for i in started if any(i.request.key == e.key for e in wanted))
-        if not batch:
+        reserving = {
+            asyncio.create_task(self._reserve(entry, prefill, decode, pools)): entry
+            for entry, decode in zip(entries, targets, strict=True)
+        }
+        waiting, have_left = set(reserving), False
+        try:
+            while waiting:
+                answered, waiting = await asyncio.wait(
+                    waiting,
+                    timeout=None if have_left else self._patience_s,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if answered and waiting:
+                    more, waiting = await asyncio.wait(waiting, timeout=self._patience_s)
+                    answered |= more
+                items = self._items(reserving, answered)
+                if items and have_left:
+                    batch_id = self._commands.next_batch_id()
+                    self._table.enter_batch(batch_id, prefill, [entry for entry, _ in items])
+                for task, decode in zip(reserving, targets, strict=True):
+                    if task in waiting:
+                        self._avoid(decode)
+                        self._table.leave_batch(reserving[task])
+                have_left = True
+                await self._start(batch_id, prefill, items)
+        finally:
+            for task in reserving:
+                task.cancel()
+
+    def _avoid(self, decode: str) -> None:
+        self._avoided[decode] = self._clock.now_s() + self._avoid_s
+
+    def _items(
+        self, reserving: Mapping[Reserving, Entry], answered: set[Reserving]
+    ) -> list[tuple[Entry, StartItem]]:
+        """What can be started of ``answered``, in the order of the batch."""
+        results = [(entry, task.result()) for task, entry in reserving.items() if task in answered]
+        return [(e, item) for e, item in results if item is not None and self._is_placing(e)]
+
+    async def _start(
+        self, batch_id: int, prefill: str, items: list[tuple[Entry, StartItem]]
+    ) -> None:
+        """Have ``prefill`` start ``items``."""
+        if not items:
             self.wake()
             return
+        entries = [entry for entry, _ in items]
         try:
-            await self._commands.start(prefill, batch_id, batch)
+            await self._commands.start(prefill, batch_id, tuple(item for _, item in items))
         except (NoResponder, RemoteError) as error:
             log.warning("%s did not start batch %d: %s", prefill, batch_id, error)
-            self._give_back(wanted, f"{prefill} did not start it")
+            self._give_back(entries, f"{prefill} did not start it")
             if isinstance(error, NoResponder):
                 self._hooks.on_unreachable(prefill)
         except (BusError, ProtocolError) as error:
             log.warning("batch %d may or may not run at %s: %s", batch_id, prefill, error)
-            for entry in wanted:
+            for entry in entries:
                 self._hooks.on_lost(entry, f"{prefill} did not answer")
         else:
-            for entry in wanted:
+            for entry in entries:
                 if entry.status is EntryStatus.PLACING:
                     entry.status = EntryStatus.PLACED
                     self._hooks.on_placed(entry)
@@ -219,6 +285,7 @@ class Dispatcher:
                 kv_layout=pools.prefill[0].report.kv_layout,
             )
         except RemoteError as error:
+            self._avoided.pop(decode, None)
             if error.code == "OutOfBlocks":
                 self._cluster.on_blocks_refused(decode)
             elif error.code not in PASSING_REFUSALS:
@@ -228,10 +295,12 @@ class Dispatcher:
             return None
         except (BusError, ProtocolError) as error:
             log.warning("no reservation at %s: %s", decode, error)
+            self._avoid(decode)
             self._give_back([entry], f"{decode} did not answer")
             if isinstance(error, NoResponder):
                 self._hooks.on_unreachable(decode)
             return None
+        self._avoided.pop(decode, None)
         return StartItem(gateway=entry.gateway, request=entry.request, target=target)
 
     def _leave(self, entry: Entry) -> None:

@@ -4,11 +4,12 @@ With prefill and decode both present every request crosses from one to the other
 instance left, those of the other serve both.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from services.scheduler.cluster import Worker
-from shared.core.policies import Capacity, PrefillSlot
+from shared.core.policies import Capacity, PrefillBatch, PrefillSlot
 
 UTILISATION_STEP = 0.1
 """Utilisations closer than this are taken as equal: below it a report is noise."""
@@ -76,9 +77,43 @@ def capacity_of(pools: Pools, limits: RoutingLimits) -> Capacity:
     )
 
 
-def choose_decode(pools: Pools, *, num_blocks: int, kv_layout: str) -> Worker | None:
-    """The least loaded decode worker that shares ``kv_layout`` and has ``num_blocks`` free."""
+def beside_siblings(
+    batches: Sequence[PrefillBatch], pools: Pools, capacity: Capacity, homes: Mapping[str, str]
+) -> list[PrefillBatch]:
+    """Send batches where siblings of theirs are prefilled, so that one prefill does for all.
+
+    ``homes`` has that instance by group. A batch goes there only if ``capacity`` has a slot left
+    and it has no more batches yet than there are, with this one, where the policy has put it.
+    """
+    known = dict(homes)
+    num_slots = Counter(slot.instance for slot in capacity.slots)
+    num_slots.subtract(batch.instance for batch in batches)
+    num_batches = Counter({worker.instance: worker.num_batches for worker in pools.prefill})
+    num_batches.update(batch.instance for batch in batches)
+    routed = []
+    for batch in batches:
+        groups = [q.request.group_id for q in batch.requests if q.request.group_id is not None]
+        instance = batch.instance
+        home = next((known[group] for group in groups if group in known), instance)
+        is_free = num_slots[home] > 0 and num_batches[home] <= num_batches[instance]
+        if home != instance and is_free:
+            num_slots.update({instance: 1, home: -1})
+            num_batches.update({instance: -1, home: 1})
+            instance = home
+        for group in groups:
+            known.setdefault(group, instance)
+        routed.append(replace(batch, instance=instance))
+    return routed
+
+
+def choose_decode(
+    pools: Pools, *, num_blocks: int, kv_layout: str, avoided: Collection[str] = ()
+) -> Worker | None:
+    """The least loaded decode worker that shares ``kv_layout`` and has ``num_blocks`` free.
+
+    Those ``avoided`` are taken if there is no other.
+    """
     fitting = [
         w for w in pools.decode if w.free_blocks >= num_blocks and w.report.kv_layout == kv_layout
     ]
-    return min(fitting, key=load_key, default=None)
+    return min(fitting, key=lambda w: (w.instance in avoided, load_key(w)), default=None)

@@ -128,6 +128,15 @@ class RequestTable:
         entry.status = EntryStatus.LOST
         entry.lost_reason = reason
 
+    def homes_of_groups(self) -> dict[str, str]:
+        """Where requests of each group are being prefilled."""
+        homes = {}
+        for batch in self._batches.values():
+            for entry in map(self.current, batch.keys):
+                if entry is not None and entry.request.group_id is not None:
+                    homes[entry.request.group_id] = batch.instance
+        return homes
+
     def num_batches(self) -> dict[str, int]:
         """Unfinished prefill batches by instance."""
         return Counter(batch.instance for batch in self._batches.values())

@@ -102,6 +102,8 @@ class Term:
                 on_unreachable=self._on_unreachable,
             ),
             retry_s=settings.retry_s,
+            patience_s=settings.patience_s,
+            avoid_s=settings.avoid_s,
         )
         self._predictions = Predictions(bus, settings, clock, counters, self.dispatcher)
         self._audit = Audit(

@@ -16,6 +16,7 @@ from shared.core.engine_request import EngineEvent, EngineRequest, EngineState
 from shared.core.preemption import PreemptionKind, SwapSpace
 from shared.core.request import RequestKey
 from shared.core.request_table import RequestTable
+from shared.core.siblings import awaits_sibling
 
 OrderKey = Callable[[EngineRequest, float], Any]
 """``(request, now_s)`` to something sortable: smaller is admitted sooner and preempted later."""
@@ -60,6 +61,18 @@ class Chunk(NamedTuple):
     def is_decode(self) -> bool:
         """Whether this is a single token behind output that was generated before."""
         return self.end - self.start == 1 and self.request.num_output_tokens > 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the request has neither ended nor been rolled back since this was planned."""
+        request = self.request
+        return request.state is EngineState.RUNNING and self.start == request.num_computed_tokens
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the token that it samples is the last one here, whichever it is."""
+        request = self.request
+        return request.prefill_only or self.end + 1 >= request.max_num_tokens
 
     def export_range(self, block_size: int) -> tuple[int, int]:
         """Blocks ``[lo, hi)`` that this chunk makes ready for export: full ones, at last all."""
@@ -164,11 +177,51 @@ class Planner:
             self._swap.settle()
         return self._draft.plan()
 
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether others might have been admitted, but for the budget or a preemption."""
+        has_seats = len(self._running) < self._limits.max_num_seqs
+        return bool(self._draft.preempted) or (has_seats and self._draft.budget <= 0)
+
+    def plan_ahead(self, plan: Plan) -> Plan | None:
+        """The iteration behind ``plan`` while nobody knows what tokens ``plan`` will give.
+
+        Every request of ``plan`` that can go on does, with the token to come. Those that end after
+        all are computed in vain. ``None`` where the tokens themselves matter, where somebody would
+        have to be preempted or a block be copied, behind chunks that do not sample, and while
+        others run that got no share of ``plan``.
+        """
+        due = [chunk for chunk in plan.chunks if chunk.is_due]
+        if len(due) < len(self._running) or not all(chunk.is_sampling for chunk in due):
+            return None
+        going_on = [chunk for chunk in due if not chunk.is_last]
+        if any(chunk.request.request.sampling.has_penalties for chunk in going_on):
+            return None
+        chunks = []
+        for chunk in going_on:
+            table = self._table_ahead(chunk.request, chunk.end)
+            if table is None:
+                return None
+            chunks.append(Chunk(chunk.request, chunk.end, chunk.end + 1, True, table))
+        return Plan(chunks=tuple(chunks)) if chunks else None
+
+    def _table_ahead(self, request: EngineRequest, position: int) -> Sequence[int] | None:
+        """The block table of ``request`` with room at ``position``, if it is cheap to have.
+
+        A block that has been taken for it stays the request's, whether it is used or not.
+        """
+        blocks, index = self._blocks, position // self._blocks.block_size
+        if index == len(blocks.block_table(request.key)):
+            if blocks.num_free_blocks == 0:
+                return None
+            blocks.allocate(request.key, 1)
+        return blocks.writable_table(request.key, index)
+
     def _choose(self) -> None:
         """Fill the draft."""
         self._continue()
         if self._waiting or self._swapped:
-            self._admit()
+            self._admit([*self._swapped.values(), *self._waiting.values()])
 
     def _continue(self) -> None:
         """Schedule what runs: every decode first, then prefills with what budget is left."""
@@ -203,21 +256,26 @@ class Planner:
             table = self._blocks.block_table(request.key)
             self._draft.add(Chunk(request, start, end, end == num_tokens, table))
 
-    def _admit(self) -> None:
-        """Let waiting requests run, in order, as far as budget, seats and blocks reach."""
+    def _admit(self, candidates: Sequence[EngineRequest]) -> None:
+        """Let ``candidates`` run, in order, as far as budget, seats and blocks reach."""
         is_blocked = False
         # What was preempted a moment ago would only take back the blocks just freed.
         if self._draft.preempted or not self._has_room():
             return
-        candidates = [*self._swapped.values(), *self._waiting.values()]
         for request in sorted(candidates, key=self._rank):
             if self._draft.preempted or not self._has_room():
                 return
-            # Nobody overtakes a request for want of blocks, but those that brought their own.
+            # Nobody overtakes a request for want of blocks, but those that brought their own; who
+            # waits for a sibling will get blocks from that one.
             if self._blocks.owns(request.key):
                 is_admitted = self._keep_blocks(request)
+            elif is_blocked:
+                continue
+            elif awaits_sibling(request, self._running.values(), self._rank):
+                self._on_deferred(request)
+                continue
             else:
-                is_admitted = not is_blocked and self._take_blocks(request)
+                is_admitted = self._take_blocks(request)
             is_blocked = is_blocked or not is_admitted
             if is_admitted:
                 self._on_admitted(request)
@@ -225,6 +283,9 @@ class Planner:
     def _on_admitted(self, request: EngineRequest) -> None:
         """One more runs."""
         self._schedule(request)
+
+    def _on_deferred(self, request: EngineRequest) -> None:
+        """One more waits for what a sibling computes; it will be a candidate again."""
 
     def _has_room(self) -> bool:
         return self._draft.budget > 0 and len(self._running) < self._limits.max_num_seqs

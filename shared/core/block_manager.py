@@ -77,6 +77,13 @@ class BlockManager:
             raise LifecycleError(f"{owner} already owns blocks")
         self._tables[owner] = []
 
+    def rename(self, owner: Hashable, name: Hashable) -> None:
+        """Call ``owner`` ``name`` from now on; ``LifecycleError`` if that has a table."""
+        table = self._table(owner)
+        self.create(name)
+        self._tables[name] = table
+        del self._tables[owner]
+
     def adopt(self, owner: Hashable, keys: Sequence[bytes]) -> int:
         """Append the cached blocks of the longest known run of leading ``keys``; their number."""
         table = self._table(owner)

@@ -21,6 +21,7 @@ from shared.core.prefix import block_keys, root_key
 from shared.core.request import FinishReason, Request, RequestKey
 from shared.core.request_table import RequestTable
 from shared.core.reservations import Reservations
+from shared.core.siblings import share_prompt
 from shared.core.static_batch import StaticPlanner
 from shared.errors import ContextLengthExceeded, InvalidRequest, LifecycleError, OutOfBlocks
 
@@ -43,6 +44,13 @@ class IterationScheduler:
     ``plan`` and ``commit`` alternate; everything else is called between a ``commit`` and the next
     ``plan``, except ``fail`` and ``release``, which are allowed at any time. With ``swap`` a
     preempted request may keep its KV in host memory; without, it is always computed again.
+
+    Requests of one group with one prompt compute it once (``siblings``).
+
+    ``plan_ahead`` lets a device compute while the host books: it is called between a ``plan`` and
+    its ``commit``, and what it gives takes the place of the next ``plan``. From ``launched`` until
+    it is committed too it is in flight: requests may come, go and be rolled back, but the blocks
+    of those that end stay theirs, for they are still written to.
     """
 
     def __init__(
@@ -64,6 +72,8 @@ class IterationScheduler:
         self._fingerprint = fingerprint
         self._enable_prefix_cache = enable_prefix_cache
         self._arrivals = 0
+        self._has_changed = False  # what admission depends on, since the last plan
+        self._in_flight: frozenset[EngineRequest] = frozenset()
         self._swap = swap
         self.reservations = Reservations(blocks)
         self._table = RequestTable()
@@ -159,31 +169,24 @@ class IterationScheduler:
         started.num_computed_tokens = started.num_cached_tokens = num_computed_tokens
         self._register(started)
 
-    def fork(self, key: RequestKey, request: Request) -> None:
-        """Queue ``request`` with the KV of the tokens it shares with ``key``, copied on write."""
-        self._check_new(request.key)
-        check_request(request, self.limits.max_model_len)
-        parent = self._table.by_key.get(key)
-        if parent is None or not self.blocks.owns(key):
-            raise LifecycleError(f"{key} has no blocks to share")
-        tokens = [*request.prompt_token_ids, *request.output_token_ids]
-        limit = min(parent.num_computed_tokens, len(tokens) - 1)
-        common = 0
-        while common < limit and tokens[common] == parent.token_ids[common]:
-            common += 1
-        self.blocks.fork(key, request.key, self.blocks.blocks_for(common))
-        child = self._start(request)
-        child.was_admitted = True
-        child.num_computed_tokens = child.num_cached_tokens = common
-        child.num_registered_blocks = common // self.blocks.block_size
-
     def release(self, key: RequestKey) -> bool:
         """Forget an attempt in whatever state and free its blocks; ``False`` if unknown."""
-        return self.reservations.release(key) or self._end(key, EngineEvent.RELEASE) is not None
+        if self.reservations.release(key):
+            self._has_changed = True
+            return True
+        return self._end(key, EngineEvent.RELEASE) is not None
 
     def fail(self, key: RequestKey) -> list[int]:
-        """End an attempt whose computation went wrong; the block ids whose content to distrust."""
+        """End an attempt whose computation went wrong; the block ids whose content to distrust.
+
+        They are free at once: what is in flight writes to them before the caller does.
+        """
         return self._end(key, EngineEvent.FAIL, discard=True) or []
+
+    def discard(self, request: EngineRequest) -> list[int]:
+        """``fail`` for one that ended while in flight, where it turned out to have gone wrong."""
+        owns = self.blocks.owns(request)
+        return self.blocks.free(request, discard=True) if owns else []
 
     def rollback(self, key: RequestKey, num_tokens: int) -> None:
         """Take back the last ``num_tokens`` output tokens and their KV (speculation).
@@ -205,7 +208,8 @@ class IterationScheduler:
         del request.block_keys[request.num_tokens // self.blocks.block_size :]
         request.rewind(request.num_tokens - 1, self.blocks.block_size)
         if self.blocks.owns(key):
-            self.blocks.truncate(key, self.blocks.blocks_for(request.num_tokens))
+            if request not in self._in_flight:  # else those behind are still written to
+                self.blocks.truncate(key, self.blocks.blocks_for(request.num_tokens))
         elif self._swap is not None and self._swap.owns(key):
             self._swap.truncate(key, request.num_computed_tokens)
 
@@ -219,32 +223,55 @@ class IterationScheduler:
             raise OutOfBlocks(num_blocks, min(most, self.blocks.num_free_blocks))
         return self.blocks.shrink(num_blocks)
 
+    def grow(self, num_blocks: int) -> None:
+        """Add free blocks behind the highest id."""
+        self.blocks.grow(num_blocks)
+        self._has_changed = True
+
     # -- iterations
 
     def plan(self, now_s: float = 0.0) -> Plan:
         """Choose the next batch; with continuous batching every decode first, then prefills."""
         plan = self._planner.plan(now_s)
+        self._has_changed = self._planner.is_cut_short
         for _, kind in plan.preempted:
             self.preemptions[kind] += 1
         return plan
 
+    def plan_ahead(self, plan: Plan) -> Plan | None:
+        """``Planner.plan_ahead``, unless somebody who waits might be admitted instead."""
+        self._in_flight = frozenset()
+        num_waiting = self.count(EngineState.WAITING) + self.count(EngineState.SWAPPED)
+        if num_waiting and self._has_changed:
+            return None
+        return self._planner.plan_ahead(plan)
+
+    def launched(self, plan: Plan) -> None:
+        """``plan``, made by ``plan_ahead``, is being computed."""
+        self._in_flight = frozenset(chunk.request for chunk in plan.chunks)
+
     def commit(self, plan: Plan, sampled: Mapping[RequestKey, Sequence[int]]) -> list[Committed]:
         """Book a computed plan and the tokens sampled, 0..k a request.
 
-        Tokens behind one that ends the request are dropped. Requests that failed or were released
-        since the plan are passed over. Finished ones free their blocks here.
+        Tokens behind one that ends the request are dropped. Requests that ended or were rolled back
+        since the plan are passed over. Finished ones free their blocks here, unless they are in
+        flight once more.
         """
-        size = self.blocks.block_size
+        size, waiting = self.blocks.block_size, self._table.in_state(EngineState.WAITING)
         committed = []
         for chunk in plan.chunks:
             request, end = chunk.request, chunk.end
-            if request.state is not EngineState.RUNNING:
+            if not chunk.is_due:
+                if request not in self._in_flight and self.blocks.owns(request):
+                    self.blocks.free(request)
                 continue
             if request.is_exporting:
                 request.num_exported_blocks = chunk.export_range(size)[1]
             request.num_computed_tokens = end
             if end // size > request.num_registered_blocks and self._enable_prefix_cache:
                 self._register(request)
+            if chunk.start < request.num_prompt_tokens <= end:
+                self._has_changed |= share_prompt(request, waiting.values(), self.blocks)
             if not chunk.is_sampling:
                 continue
             request.is_exporting = False
@@ -318,6 +345,7 @@ class IterationScheduler:
             state=state,
         )
         self._arrivals += 1
+        self._has_changed = True
         self._table.add(started)
         return started
 
@@ -337,7 +365,13 @@ class IterationScheduler:
         request = self._table.by_key.get(key)
         if request is None:
             return None
+        self._has_changed = True
         self._table.apply(request, event)
         if self._swap is not None and self._swap.owns(key):
             self._swap.free(key)
-        return self.blocks.free(key, discard=discard) if self.blocks.owns(key) else []
+        if not self.blocks.owns(key):
+            return []
+        if request in self._in_flight and not discard:
+            self.blocks.rename(key, request)  # until the iteration is committed
+            return []
+        return self.blocks.free(key, discard=discard)

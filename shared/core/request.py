@@ -114,7 +114,8 @@ class Request:
 
     ``prompt_token_ids`` is what the caller sent; ``output_token_ids`` what earlier attempts have
     already emitted, so that attempt + 1 goes on at offset ``len(output_token_ids)``. ``group_id``
-    joins the sub-requests of one call with ``n > 1``. Smaller ``priority`` goes first.
+    joins the sub-requests of one call with ``n > 1``, which have one prompt. Smaller ``priority``
+    goes first.
     """
 
     request_id: str

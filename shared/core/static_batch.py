@@ -5,16 +5,18 @@ prompts are padded to the longest and computed before anybody decodes; whoever e
 row that is computed on until the last one has ended. Only then the next batch starts. This is what
 a padded ``generate`` call does, so that the two settings can be compared inside one engine.
 
+Siblings of a member (``siblings``) have a place in its batch, join it when the prompts are computed
+and before anybody decodes, and so have no prompt to be padded.
+
 Padding is computed, not only counted: it takes its share of the token budget and of the time. The
 tokens are the same as ever. Deviations from a padded call: a row that has ended gives its blocks
 back at once; a batch that outgrows the pool loses its last member to the next batch; logits of
 padding are not computed.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shared.core.batch_plan import Chunk, Planner
+from shared.core.batch_plan import Chunk, Plan, Planner
 from shared.core.engine_request import EngineRequest, EngineState
 from shared.core.request import Request, RequestKey, SamplingParams
 
@@ -27,7 +29,7 @@ SCRATCH = "padding"
 class _Batch:
     """The batch that runs, as it was formed."""
 
-    num_tokens: Mapping[RequestKey, int]
+    num_tokens: dict[RequestKey, int]
     """Of each member before its first token in this batch."""
     longest: int
     """The most tokens that a member had to prefill."""
@@ -39,6 +41,12 @@ class StaticPlanner(Planner):
     """Plans for one padded batch at a time."""
 
     _batch: _Batch | None = None
+    _deferred: tuple[EngineRequest, ...] = ()
+    """Who has a place in the batch and waits for a sibling in it."""
+
+    def plan_ahead(self, plan: Plan) -> Plan | None:
+        """``None``: which rows pad depends on who has ended."""
+        return None
 
     def _choose(self) -> None:
         if not self._running:
@@ -46,11 +54,10 @@ class StaticPlanner(Planner):
         batch = self._batch
         if batch is None or not self._running:
             return
-        prefills = [
-            request
-            for request in self._running.values()
-            if request.num_tokens <= batch.num_tokens[request.key]
-        ]
+        prefills = self._prefills(batch)
+        if not prefills and batch.num_pad_tokens == 0 and self._deferred:
+            self._join(batch)
+            prefills = self._prefills(batch)
         if prefills or batch.num_pad_tokens > 0:
             # Padding is on the left, as it is where the prompts of a batch end together.
             self._pad_prompts(batch)
@@ -61,14 +68,24 @@ class StaticPlanner(Planner):
             self._continue()
             self._pad_ended(batch)
 
+    def _prefills(self, batch: _Batch) -> list[EngineRequest]:
+        """Members that have not sampled in this batch."""
+        return [
+            request
+            for request in self._running.values()
+            if request.num_tokens <= batch.num_tokens[request.key]
+        ]
+
     def _form_batch(self) -> None:
         """End the last batch and start the next."""
         if self._blocks.owns(SCRATCH):
             self._blocks.free(SCRATCH)
-        self._admit()
+        self._deferred = ()
+        self._admit([*self._swapped.values(), *self._waiting.values()])
         lengths = [request.num_uncomputed_tokens for request in self._running.values()]
         num_pad_tokens = 0
-        if len(lengths) > 1 and self._blocks.num_free_blocks > 0:  # else there is no padding
+        num_rows = len(lengths) + len(self._deferred)
+        if num_rows > 1 and self._blocks.num_free_blocks > 0:  # else there is no padding
             self._blocks.create(SCRATCH)
             self._blocks.allocate(SCRATCH, 1)
             num_pad_tokens = len(lengths) * max(lengths) - sum(lengths)
@@ -78,11 +95,24 @@ class StaticPlanner(Planner):
             num_pad_tokens=num_pad_tokens,
         )
 
+    def _join(self, batch: _Batch) -> None:
+        """Let those in whose prompt a sibling has computed, or has not and never will.
+
+        Who still has to wait for another one stays deferred; who finds no blocks is left out.
+        """
+        deferred, self._deferred = self._deferred, ()
+        self._admit([r for r in deferred if r.state in (EngineState.WAITING, EngineState.SWAPPED)])
+        for key, request in self._running.items():
+            batch.num_tokens.setdefault(key, request.num_tokens)
+
     def _on_admitted(self, request: EngineRequest) -> None:
         """Its turn comes when the batch is complete."""
 
+    def _on_deferred(self, request: EngineRequest) -> None:
+        self._deferred += (request,)
+
     def _has_room(self) -> bool:
-        return len(self._running) < self._limits.max_num_seqs
+        return len(self._running) + len(self._deferred) < self._limits.max_num_seqs
 
     def _pad_prompts(self, batch: _Batch) -> None:
         """Spend budget on what is left of the prompts' padding."""

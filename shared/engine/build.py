@@ -20,6 +20,7 @@ def build_engine(
     kv_sink: KVSink | None = None,
     order: OrderKey = first_come_first_served,
     preemption_cost: PreemptionCost | None = None,
+    is_pipelined: bool | None = None,
     on_progress: Callable[[str, float], None] = lambda what, fraction: None,
 ) -> Engine:
     """Load the model and make an engine for it; ``on_progress(what, fraction)`` says how far it is.
@@ -56,6 +57,7 @@ def build_engine(
         order=order,
         host_pool=HostPool(pool, size.num_swap_blocks) if size.num_swap_blocks else None,
         preemption_cost=preemption_cost,
+        is_pipelined=is_pipelined,
     )
     on_progress("ready", 1.0)
     return engine

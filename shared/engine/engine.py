@@ -16,8 +16,9 @@ from shared.core.step_work import StepWork, work_of
 from shared.engine.attention import AttentionBackend
 from shared.engine.chain import ModelChain
 from shared.engine.config import EngineConfig
+from shared.engine.flight import Iteration, Sampled
 from shared.engine.outputs import EngineStats, KVSink, RequestOutput, Reservation, StepOutput
-from shared.engine.runner import ModelRunner, Sampled
+from shared.engine.runner import ModelRunner
 from shared.engine.spec import ModelSpec
 from shared.errors import EngineError, InvalidRequest
 from shared.kvcache.host_pool import HostPool
@@ -38,8 +39,16 @@ class Engine:
     are full, with the last chunk the partial last one too; cached prefix blocks included. An error
     raised by the sink fails the request whose KV it was given. It may be changed between steps.
 
+    Requests of one group with one prompt, the choices of a call with ``n > 1``, compute it once;
+    each exports its KV for itself all the same (``shared/core/siblings``).
+
     With a ``host_pool`` a preempted request keeps its KV there if ``preemption_cost`` says that
     this is cheaper than computing it again; without a cost always, while there is room.
+
+    When it ``is_pipelined`` (by default on a GPU), a decode is launched before the tokens of the
+    iteration before it have come to the host: the device does not wait for the host's bookkeeping.
+    A request that ends has then been computed once more in vain, and one that waits is admitted
+    an iteration later than it could be.
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class Engine:
         backend: AttentionBackend | None = None,
         host_pool: HostPool | None = None,
         preemption_cost: PreemptionCost | None = None,
+        is_pipelined: bool | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec: ModelSpec = chain.spec
@@ -87,6 +97,9 @@ class Engine:
             swap=self._swap,
         )
         self._runner = ModelRunner(chain, pool, backend or chain.attention(pool))
+        self._is_pipelined = is_pipelined if is_pipelined is not None else pool.device.type != "cpu"
+        self._ahead: Iteration | None = None
+        self._finished_s = 0.0
         self._step = 0
         self._total_prefill_tokens = 0
         self._total_decode_tokens = 0
@@ -112,14 +125,6 @@ class Engine:
     def num_cached_tokens(self, request: Request) -> int:
         """Tokens at the front of ``request`` whose KV is in this engine's prefix cache now."""
         return self._scheduler.num_cached_tokens(request)
-
-    def fork(self, key: RequestKey, request: Request) -> None:
-        """Queue ``request`` on the KV of the tokens it has in common with ``key``, copy on write.
-
-        ``key`` is running, held, or waits with its blocks; else ``LifecycleError``.
-        """
-        self._check(request, export=False)
-        self._scheduler.fork(key, request)
 
     # -- requests that come from elsewhere
 
@@ -247,18 +252,42 @@ class Engine:
         A request whose computation fails ends with an ``error`` while the others go on. Raises
         ``EngineError`` if the device itself has failed; the engine is unusable then.
         """
+        current = self._ahead or self._start()
+        if current is None:
+            return None
+        self._ahead = self._start_behind(current) if self._is_pipelined else None
+        return self._finish(current)
+
+    def _start(self) -> Iteration | None:
         started_s = time.perf_counter()
         plan = self._next_plan()
         if plan is None:
             return None
-        work = work_of(plan.computed)
+        return Iteration(plan, self._runner.launch(plan.computed, self.kv_sink), started_s)
+
+    def _start_behind(self, current: Iteration) -> Iteration | None:
+        """The iteration after ``current``, if it can do without knowing what comes of that."""
+        started_s = time.perf_counter()
+        plan = self._scheduler.plan_ahead(current.plan)
+        if plan is None:
+            return None
+        flight = self._runner.launch_behind(current.flight, plan.chunks)
+        if flight is None:
+            return None
+        self._scheduler.launched(plan)
+        return Iteration(plan, flight, started_s)
+
+    def _finish(self, iteration: Iteration) -> StepOutput:
+        """Book what came out."""
+        plan, work = iteration.plan, work_of(iteration.plan.computed)
         self._step += 1
-        results, errors = self._runner.run_isolated(plan.computed, self.kv_sink)
-        outputs = [
-            self._fail(key, error)
-            for key, error in errors.items()
-            if self._scheduler.get(key) is not None  # padding is nobody's
-        ]
+        results, errors = iteration.flight.land()
+        outputs = []
+        for chunk in plan.computed if errors else ():
+            if chunk.key in errors and chunk.is_due:
+                outputs.append(self._fail(chunk.key, errors[chunk.key]))
+            elif chunk.key in errors:  # nobody is to be told, but the blocks go to others
+                self.pool.zero_blocks(self._scheduler.discard(chunk.request))
         self._count(plan, work, errors)
         committed = self._scheduler.commit(
             plan, {key: result.token_ids for key, result in results.items()}
@@ -267,10 +296,13 @@ class Engine:
             outputs.append(_output(item, results[item.request.key]))
             if item.offset == len(item.request.request.output_token_ids):
                 self._total_cached_tokens += item.request.num_cached_tokens
+        # What was launched early began when the iteration before it was done.
+        started_s = max(iteration.started_s, self._finished_s)
+        self._finished_s = time.perf_counter()
         return StepOutput(
             step=self._step,
             outputs=tuple(outputs),
-            stats=self.stats(work.num_batched_tokens, time.perf_counter() - started_s, work),
+            stats=self.stats(work.num_batched_tokens, self._finished_s - started_s, work),
         )
 
     def stats(
@@ -337,7 +369,7 @@ class Engine:
     def grow_blocks(self, num_blocks: int) -> None:
         """Add blocks out of the pool's reserve; raises ``OutOfMemory`` and changes nothing."""
         self.pool.grow(num_blocks)
-        self._scheduler.blocks.grow(num_blocks)
+        self._scheduler.grow(num_blocks)
 
     def set_prefill_cost(self, prefill_s: Callable[[int], float]) -> None:
         """From now on swap only where that is predicted to be faster than computing again.
@@ -380,8 +412,8 @@ class Engine:
         return RequestOutput(key=key, offset=offset, token_ids=(), error=error)
 
     def _count(self, plan: Plan, work: StepWork, errors: dict[RequestKey, str]) -> None:
-        if errors or plan.pad_chunks:
-            work = work_of(chunk for chunk in plan.chunks if chunk.key not in errors)
+        if errors or plan.pad_chunks or self._is_pipelined:  # not all of it was of use
+            work = work_of(chunk for chunk in plan.chunks if chunk.is_due)
         self._total_decode_tokens += work.num_decode
         self._total_prefill_tokens += work.num_prefill_tokens
         for chunk in plan.pad_chunks:

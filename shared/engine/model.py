@@ -59,7 +59,6 @@ def load_model(
     first = target if quantization is None else torch.device("cpu")
     _check_memory(path, first)
     on_progress("loading weights", 0.05)
-    probe.register_attention()
     model = _load(path, config, dtype, first)
     if quantization is not None:
         on_progress(f"quantising weights to {quantization}", 0.5)
@@ -68,7 +67,7 @@ def load_model(
     on_progress("checking the model", 0.8)
     is_widened = dtype == "bf16" and _can_widen(config, target) and quantization is None
     kernels = make_kernels(target, torch.float32 if is_widened else model.dtype)
-    return _verified_chain(path, model, dtype, target, quantization, kernels)
+    return verified_chain(path, model, dtype, target, quantization, kernels)
 
 
 def _read_config(path: Path) -> PreTrainedConfig:
@@ -172,7 +171,7 @@ def _load(
         raise UnsupportedModel(f"{path}: {type(exc).__name__}: {exc}") from exc
 
 
-def _verified_chain(
+def verified_chain(
     path: Path,
     model: PreTrainedModel,
     dtype: str,
@@ -180,7 +179,12 @@ def _verified_chain(
     quantization: str | None,
     kernels: LayerKernels,
 ) -> ModelChain:
-    """Take the model apart and make sure that the parts do what the whole does."""
+    """Take the model apart and make sure that the parts do what the whole does.
+
+    ``path`` is where it comes from, for the fingerprint; ``model`` cannot be used afterwards.
+    Raises ``UnsupportedModel``.
+    """
+    probe.register_attention()
     parts = find_parts(model)
     max_model_len = _max_model_len(model.config.get_text_config())
     num_tokens = min(probe.NUM_PROBE_TOKENS, max_model_len)

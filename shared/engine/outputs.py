@@ -18,7 +18,7 @@ class RequestOutput(NamedTuple):
     ``logprobs`` has one entry a token when asked for, else it is empty. With ``finish_reason`` or
     ``error`` set this is the last output and the request's blocks are freed; ``error`` says why
     the request failed and comes without tokens. ``num_cached_tokens`` of the prompt were not
-    computed here because their KV was cached or imported.
+    computed here because their KV was cached, imported or a sibling's.
     """
 
     key: RequestKey
@@ -37,7 +37,7 @@ class EngineStats:
     ``total_preemptions`` counts those of both kinds, swapped or to be recomputed. The pad tokens
     were computed for the shape of a static batch only: prompts up to the longest, rows of requests
     that have ended. ``work`` is what the step computed and ``step_s`` how long it took, its
-    planning included.
+    planning included; one that was launched early counts from the end of the one before it.
     """
 
     num_running: int

@@ -131,6 +131,7 @@ def run_profile(
         torch.set_num_threads(config.num_threads)
     engine = build_engine(
         replace(config, enable_prefix_cache=False),
+        is_pipelined=False,  # each step is to be measured alone
         on_progress=lambda what, fraction: on_progress(what, fraction * LOADING_FRACTION),
     )
     facts = facts_of(engine.spec, Path(config.model_path))

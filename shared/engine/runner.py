@@ -1,76 +1,97 @@
-"""Runs one planned batch: tensors in, sampled tokens and exported KV out."""
+"""Launches planned batches: chunks in, sampled tokens and exported KV out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from shared.core.batch_plan import Chunk
-from shared.core.request import RequestKey, TokenLogprobs
+from shared.core.request import RequestKey
 from shared.engine.attention import AttentionBackend, AttentionBatch
 from shared.engine.chain import ModelChain
+from shared.engine.flight import Flight, HostCopy, Part
+from shared.engine.logit_adjustments import to_device
 from shared.engine.outputs import KVExport, KVSink
-from shared.engine.sampler import SamplingRow, sample
+from shared.engine.sampler import SamplingRow, sample_on_device
+from shared.engine.select import make_layer_runner
 from shared.errors import EngineError
 from shared.kvcache.pool import KVPool
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """New tokens of one request; ``logprobs`` has one entry a token, or none was asked for."""
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] = ()
-
-
 class ModelRunner:
-    """Executes chunks of requests on a chain of layers. Knows nothing of queues."""
+    """Executes chunks of requests on a chain of layers. Knows nothing of queues.
+
+    Nothing here waits for the device, but for the KV that is exported.
+    """
 
     def __init__(self, chain: ModelChain, pool: KVPool, backend: AttentionBackend) -> None:
         self._chain = chain
         self._pool = pool
         self._backend = backend
+        self._run_layers = make_layer_runner(chain, backend)
 
-    def run_isolated(
-        self, chunks: Sequence[Chunk], kv_sink: KVSink | None
-    ) -> tuple[dict[RequestKey, Sampled], dict[RequestKey, str]]:
-        """``run``, and if that fails each request alone, to find the one whose fault it is.
+    def launch(self, chunks: Sequence[Chunk], kv_sink: KVSink | None) -> Flight:
+        """Start to compute ``chunks`` in one batch.
 
-        Raises ``EngineError`` only if the device itself has failed.
+        If that fails each request is computed alone, to find the one whose fault it is. Raises
+        ``EngineError`` only if the device itself has failed.
         """
+        flight = Flight()
         exported: set[tuple[RequestKey, int]] = set()
-        results: dict[RequestKey, Sampled] = {}
-        errors: dict[RequestKey, str] = {}
         attempts = [list(chunks)]
         while attempts:
             attempt = attempts.pop(0)
+            errors: dict[RequestKey, str] = {}
             try:
-                sampled, failed = self.run(attempt, kv_sink, exported)
+                part = self._launch(attempt, kv_sink, exported, errors)
             except torch.AcceleratorError as exc:
                 raise EngineError(f"the device failed: {exc}") from exc
             except Exception as exc:
                 if len(attempt) > 1:
                     attempts = [[chunk] for chunk in attempt]
                 else:
-                    errors[attempt[0].key] = f"{type(exc).__name__}: {exc}"
+                    flight.errors[attempt[0].key] = f"{type(exc).__name__}: {exc}"
             else:
-                results |= sampled
-                errors |= failed
-        return results, errors
+                flight.errors |= errors
+                if part is not None:
+                    flight.parts.append(part)
+        return flight
 
-    def run(
+    def launch_behind(self, flight: Flight, chunks: Sequence[Chunk]) -> Flight | None:
+        """Start to compute one more token of requests whose last token ``flight`` samples.
+
+        ``None`` if that cannot be; then nothing was done. Raises as ``launch``.
+        """
+        rows = flight.rows_of(chunks)
+        if rows is None:
+            return None
+        token_ids = flight.parts[0].token_ids
+        if rows != list(range(len(token_ids))):
+            token_ids = token_ids[to_device(torch.tensor(rows), token_ids.device)]
+        try:
+            part = self._launch(chunks, None, set(), {}, token_ids)
+        except torch.AcceleratorError as exc:
+            raise EngineError(f"the device failed: {exc}") from exc
+        except Exception:
+            # It will be launched again when its turn has come, and the error be somebody's.
+            return None
+        return None if part is None else Flight([part])
+
+    def _launch(
         self,
         chunks: Sequence[Chunk],
         kv_sink: KVSink | None,
         exported: set[tuple[RequestKey, int]],
-    ) -> tuple[dict[RequestKey, Sampled], dict[RequestKey, str]]:
-        """Compute ``chunks`` in one batch.
+        errors: dict[RequestKey, str],
+        token_ids: Tensor | None = None,
+    ) -> Part | None:
+        """Compute ``chunks`` in one batch; ``None`` if none of them samples.
 
-        Returns the tokens sampled and the errors of single requests. Running the same chunks again
-        is harmless: KV is overwritten by itself, and ``exported`` (request, layer), filled here,
-        keeps exports from being repeated. Raises whatever goes wrong with the batch as a whole.
+        Running the same chunks again is harmless: KV is overwritten by itself, and ``exported``
+        (request, layer), filled here, keeps exports from being repeated; ``errors`` gets those of
+        single requests. ``token_ids`` are those to compute where they are not known to the host.
+        Raises whatever goes wrong with the batch as a whole.
         """
-        errors: dict[RequestKey, str] = {}
         exporting = [chunk for chunk in chunks if chunk.request.is_exporting]
 
         def export(layer: int) -> None:
@@ -83,9 +104,9 @@ class ModelRunner:
                     errors[chunk.key] = f"the KV sink failed: {type(exc).__name__}: {exc}"
                 exported.add((chunk.key, layer))
 
-        token_ids, batch = self._prepare(chunks)
+        token_ids, batch = self._prepare(chunks, token_ids)
         hidden = self._chain.embed(token_ids, batch.positions)
-        hidden = self._chain.run_layers(
+        hidden = self._run_layers(
             0,
             self._chain.spec.num_layers,
             hidden,
@@ -94,45 +115,43 @@ class ModelRunner:
         )
         sampling = [i for i, chunk in enumerate(chunks) if chunk.is_sampling]
         if not sampling:
-            return {}, errors
-        last_rows = torch.tensor([batch.cu_seqlens_q[i + 1] - 1 for i in sampling])
-        logits = self._chain.head(hidden[last_rows.to(hidden.device)])
-        rows = [self._sampling_row(chunks[i]) for i in sampling]
-        results: dict[RequestKey, Sampled] = {}
-        for i, row in zip(sampling, sample(logits, rows), strict=True):
-            key = chunks[i].key
-            if row.error is not None:
-                errors[key] = row.error
-            elif key not in errors:
-                logprobs = () if row.logprobs is None else (row.logprobs,)
-                results[key] = Sampled((row.token_id,), logprobs)
-        return results, errors
+            return None
+        if len(sampling) < len(hidden):
+            last_rows = torch.tensor([batch.cu_seqlens_q[i + 1] - 1 for i in sampling])
+            hidden = hidden[to_device(last_rows, hidden.device)]
+        chosen = [chunks[i] for i in sampling]
+        rows = [self._sampling_row(chunk) for chunk in chosen]
+        sampled = sample_on_device(self._chain.head(hidden), rows)
+        return Part(chosen, sampled.token_ids, HostCopy(sampled))
 
-    def _prepare(self, chunks: Sequence[Chunk]) -> tuple[torch.Tensor, AttentionBatch]:
+    def _prepare(
+        self, chunks: Sequence[Chunk], token_ids: Tensor | None
+    ) -> tuple[Tensor, AttentionBatch]:
         block_size = self._pool.layout.block_size
-        token_ids: list[int] = []
+        tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         cu_seqlens_q = [0]
         for chunk in chunks:
             table = chunk.block_table
-            token_ids += chunk.request.token_ids[chunk.start : chunk.end]
+            tokens += chunk.request.token_ids[chunk.start : chunk.end]
             positions += range(chunk.start, chunk.end)
             slots += [
                 table[position // block_size] * block_size + position % block_size
                 for position in range(chunk.start, chunk.end)
             ]
             cu_seqlens_q.append(len(positions))
-        device = self._chain.device
+        columns = [slots, positions] if token_ids is not None else [slots, positions, tokens]
+        on_device = to_device(torch.tensor(columns), self._chain.device)
         batch = AttentionBatch(
-            positions=torch.tensor(positions, device=device),
-            slot_mapping=torch.tensor(slots, device=device),
+            positions=on_device[1],
+            slot_mapping=on_device[0],
             cu_seqlens_q=cu_seqlens_q,
             context_lens=[chunk.end for chunk in chunks],
             block_tables=[chunk.block_table for chunk in chunks],
             backend=self._backend,
         )
-        return torch.tensor(token_ids, device=device), batch
+        return on_device[2] if token_ids is None else token_ids, batch
 
     def _export(self, chunk: Chunk, layer: int, kv_sink: KVSink | None) -> None:
         lo, hi = chunk.export_range(self._pool.layout.block_size)
@@ -154,7 +173,8 @@ class ModelRunner:
         params = request.request.sampling
         return SamplingRow(
             params=params,
-            position=request.num_output_tokens,
+            # Counted from the chunk: the token before it may not have arrived yet.
+            position=chunk.end - len(request.request.prompt_token_ids),
             eos_token_ids=self._chain.spec.eos_token_ids,
             token_counts=request.count_tokens() if params.has_penalties else None,
         )

@@ -56,7 +56,7 @@ class LayerPool:
     ) -> None:
         """Overwrite blocks with what ``export_blocks`` gives, from any device."""
         ids = self._ids(block_ids, head_lo, head_hi)
-        blocks = blocks.to(self.tensor.device, non_blocking=True)
+        blocks = _to_device(blocks, self.tensor.device)
         self.tensor[:, head_lo:head_hi].index_copy_(0, ids, blocks)
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -75,7 +75,7 @@ class LayerPool:
             raise ValueError(f"heads [{head_lo}, {head_hi}) of {self.shape.num_kv_heads}")
         if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self.num_blocks:
             raise ValueError(f"block ids {min(block_ids)}..{max(block_ids)} of {self.num_blocks}")
-        return torch.tensor(list(block_ids), dtype=torch.int64, device=self.tensor.device)
+        return _to_device(torch.tensor(list(block_ids), dtype=torch.int64), self.tensor.device)
 
 
 class KVPool:
@@ -245,3 +245,10 @@ class KVPool:
             ) from exc
         finally:
             self.version += 1
+
+
+def _to_device(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``, which may still be busy: the host does not wait for it."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)

@@ -4,12 +4,12 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from shared.core.request import RequestKey
 from shared.engine.outputs import KVExport
 from shared.engine.thread import EngineThread
-from shared.errors import BanyanError, InvalidRequest, ProtocolError, StaleCommand
+from shared.errors import InvalidRequest, ProtocolError, StaleCommand
 from shared.kvcache.layout import KVLayout
 from shared.messages import subjects
 from shared.messages.base import Message
@@ -29,6 +29,7 @@ from shared.messages.workers import (
 from shared.transport.base import TransferIds, Transport
 from shared.worker.attempts import Attempt, AttemptTable
 from shared.worker.config import WorkerSettings
+from shared.worker.joining import INFRASTRUCTURE_ERRORS, Newcomer, join
 from shared.worker.kv_receiver import read_trailer, receive_kv
 from shared.worker.kv_sender import KVSender
 from shared.worker.output_log import OutputLog
@@ -36,15 +37,14 @@ from shared.worker.store_client import StoreClient, StorePlan
 
 log = logging.getLogger(__name__)
 
-INFRASTRUCTURE_ERRORS = (BanyanError, TimeoutError, ValueError)
-"""What may go wrong around an attempt without being its fault: it goes on elsewhere."""
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class _Work:
     """What runs for one attempt on the event loop, and the KV it may still offer to the store."""
 
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    tasks: list[asyncio.Task[Any]] = field(default_factory=list)
     plan: StorePlan | None = None
     exports: list[KVExport] = field(default_factory=list)
 
@@ -83,6 +83,7 @@ class Executor:
         self._transfer_ids = TransferIds()
         self._sender = KVSender(transport, layout, piece_timeout_s=settings.transfer_timeout_s)
         self._work: dict[RequestKey, _Work] = {}
+        self._joining: set[asyncio.Task[None]] = set()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
 
@@ -147,8 +148,12 @@ class Executor:
         return KVReserved(request_id=key.request_id, attempt=key.attempt, target=target)
 
     def start(self, command: StartBatch) -> int:
-        """Begin to prefill a batch; returns how many of it were not known already."""
-        started = 0
+        """Begin to prefill a batch; returns how many of it were not known already.
+
+        With static batching its members join the engine in one call: those that came later would
+        have to wait until the others have ended.
+        """
+        started: list[Attempt] = []
         for item in command.items:
             known = self._attempts.get(item.request.key)
             if known is not None and known.stage is not RequestStage.RESERVED:
@@ -170,9 +175,15 @@ class Executor:
                 batch_id=command.batch_id,
             )
             self._begin(attempt)
-            self._spawn(attempt, self._prefill(attempt))
-            started += 1
-        return started
+            started.append(attempt)
+        is_static = self._settings.batching == "static"
+        for attempts in [started] if is_static else [[attempt] for attempt in started]:
+            fetching = [self._spawn(attempt, self._fetch(attempt)) for attempt in attempts]
+            task = asyncio.create_task(self._join(attempts, fetching), name="join the engine")
+            self._joining.add(task)
+            task.add_done_callback(self._joining.discard)
+            task.add_done_callback(_raise_unexpected)
+        return len(started)
 
     def abort(self, keys: Iterable[RequestKey]) -> int:
         """Stop attempts and free what they hold; unknown ones are ignored."""
@@ -242,34 +253,38 @@ class Executor:
 
     # Prefilling and sending
 
-    async def _prefill(self, attempt: Attempt) -> None:
-        request, target = attempt.request, attempt.target
+    async def _fetch(self, attempt: Attempt) -> int:
+        """Open the transfer to the target and fetch the stored prefix; its length in tokens."""
         work = self._work[attempt.key]
-        if target is not None:
-            sending = self._sender.open(attempt.key, target)
+        if attempt.target is not None:
+            sending = self._sender.open(attempt.key, attempt.target)
             sending.add_done_callback(lambda done: self._on_sent(attempt, done))
-        work.plan = self._store.plan(request)
-        num_stored = await self._store.fetch(request, work.plan) if work.plan is not None else 0
-        export = target is not None or work.plan is not None
-        try:
-            await asyncio.wrap_future(
-                self._engine.call(
-                    lambda e: (
-                        e.start_reserved(
-                            request,
-                            num_computed_tokens=num_stored,
-                            prefill_only=target is not None,
-                            export=export,
-                        )
-                        if num_stored
-                        else e.add(request, prefill_only=target is not None, export=export)
-                    )
-                )
+        work.plan = self._store.plan(attempt.request)
+        return await self._store.fetch(attempt.request, work.plan) if work.plan is not None else 0
+
+    async def _join(self, attempts: list[Attempt], fetching: list[asyncio.Task[int]]) -> None:
+        """Add ``attempts`` to the engine in one call, but for whoever was dropped meanwhile."""
+        results = await asyncio.gather(*fetching, return_exceptions=True)
+        fetched = [
+            (attempt, num_stored_tokens)
+            for attempt, num_stored_tokens in zip(attempts, results, strict=True)
+            if isinstance(num_stored_tokens, int) and self._attempts.get(attempt.key) is attempt
+        ]
+        newcomers = [
+            Newcomer(
+                request=attempt.request,
+                num_stored_tokens=num_stored_tokens,
+                prefill_only=attempt.target is not None,
+                export=attempt.target is not None or self._work[attempt.key].plan is not None,
             )
-        except InvalidRequest as error:
-            self._fail(attempt, str(error))
-        except INFRASTRUCTURE_ERRORS as error:
-            self._lose(attempt, f"not started: {error}")
+            for attempt, num_stored_tokens in fetched
+        ]
+        errors = await join(self._engine, newcomers)
+        for (attempt, _), error in zip(fetched, errors, strict=True):
+            if isinstance(error, InvalidRequest) and self._attempts.get(attempt.key) is attempt:
+                self._fail(attempt, str(error))
+            elif error is not None:
+                self._lose(attempt, f"not started: {error}")
 
     def on_exports(self, exports: list[KVExport]) -> None:
         """KV came out of the engine, in layer order: send it on, and keep it for the store."""
@@ -408,16 +423,17 @@ class Executor:
     def _release(self, key: RequestKey) -> None:
         self._engine.call(lambda e: e.release(key))
 
-    def _spawn(self, attempt: Attempt, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, attempt: Attempt, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work, name=f"attempt {attempt.key}")
         self._work[attempt.key].tasks.append(task)
         task.add_done_callback(_raise_unexpected)
+        return task
 
     def _event(self, message: AttemptEnded | PrefillFinished | TransferFinished) -> None:
         self._publish(subjects.request_events(message.request_id), message)
 
 
-def _raise_unexpected(task: asyncio.Task[None]) -> None:
+def _raise_unexpected(task: asyncio.Task[Any]) -> None:
     """An error that nobody foresaw is a bug: have it logged with its traceback."""
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("an attempt failed unexpectedly", exc_info=error)

@@ -1,6 +1,9 @@
 """The same engine on a GPU."""
 
+import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from shared.engine.outputs import KVExport
 from shared.errors import OutOfMemory
 from tests.engines import Reference, make_engine, make_request, random_prompt, run
+from tests.integration.test_engine_random import Expected, drive, make_random_engine
 from tests.models import FAMILIES, write_model
 
 pytestmark = [
@@ -75,3 +79,55 @@ def test_the_pool_is_a_fraction_of_the_device(tmp_path: Path) -> None:
     assert 0.009 * total_bytes < used_bytes <= 0.01 * total_bytes
     with pytest.raises(OutOfMemory):
         make_engine(path, device="cuda", num_blocks=10**12)
+
+
+def test_one_step_in_flight_changes_no_token(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", FAMILIES["llama-gqa"])
+    requests = [
+        make_request(str(i), random_prompt(9 + 7 * i, seed=i), max_tokens=20 - i, logprobs=2)
+        for i in range(5)
+    ]
+    stop = run(make_engine(path), requests[1])["1"][4]
+    ways: tuple[dict[str, Any], ...] = (
+        {"top_p": 0.9, "temperature": 1.0},
+        {"stop_token_ids": (stop,)},
+        {"min_tokens": 8},
+    )
+    for index, sampling in enumerate(ways):
+        changed = replace(requests[index].sampling, seed=index, **sampling)
+        requests[index] = replace(requests[index], sampling=changed)
+    plain, pipelined, on_cpu = (
+        run(make_engine(path, device=device, is_pipelined=is_pipelined), *requests)
+        for device, is_pipelined in (("cuda", False), ("cuda", True), ("cpu", False))
+    )
+    assert plain == pipelined
+    for request in requests[1:]:  # drawn tokens may differ where a probability is rounded
+        if plain[request.request_id] != on_cpu[request.request_id]:
+            Reference(path).assert_same(request.prompt_token_ids, plain[request.request_id])
+
+
+@pytest.mark.parametrize("kind", ["recompute", "cheaper"])
+def test_random_traffic_gets_its_reference_tokens(tmp_path: Path, kind: str) -> None:
+    path = write_model(tmp_path / "model", FAMILIES["llama-gqa"])
+    expected = Expected(path)
+    for is_pipelined in (False, True):
+        engine = make_random_engine(path, kind, "continuous", is_pipelined, device="cuda")
+        drive(engine, expected, random.Random(kind))
+
+
+def test_the_host_waits_for_nothing_but_the_tokens(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", FAMILIES["llama-gqa"])
+    engine = make_engine(path, device="cuda")
+    ways: tuple[dict[str, Any], ...] = ({}, {"temperature": 1.0, "top_p": 0.9, "top_k": 20})
+    for i, sampling in enumerate(ways):
+        request = make_request(str(i), random_prompt(10, seed=i), max_tokens=30, logprobs=3)
+        engine.add(replace(request, sampling=replace(request.sampling, **sampling)))
+    for _ in range(4):  # until kernels are compiled and graphs captured
+        assert engine.step() is not None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(12):
+            step = engine.step()
+            assert step is not None and len(step.outputs) == 2
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

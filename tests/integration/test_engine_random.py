@@ -1,11 +1,12 @@
 """Random traffic on a real engine in too small a pool: everybody gets the reference's tokens.
 
-Requests arrive, are preempted (their KV computed again or swapped), cancelled, forked and rolled
-back, in both batching modes, and the pool shrinks and grows under them.
+Requests arrive, are preempted (their KV computed again or swapped), cancelled and rolled back, some
+with siblings, in both batching modes, and the pool shrinks and grows under them.
 """
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from shared.core.request import Request, RequestKey
 from shared.engine.build import build_engine
 from shared.engine.config import EngineConfig
 from shared.engine.engine import Engine
-from shared.errors import LifecycleError, OutOfBlocks, OutOfMemory
+from shared.errors import OutOfBlocks, OutOfMemory
 from tests.engines import Collector, Reference, make_engine, make_request, random_prompt
 from tests.models import FAMILIES, write_model
 
@@ -40,10 +41,10 @@ class Expected:
         # Some begin alike, as chats do.
         self.prompts[1] = self.prompts[0][:16] + self.prompts[1]
         self._reference = Reference(path)
-        self._greedy = [self._reference.greedy(prompt, MAX_TOKENS) for prompt in self.prompts]
+        self.greedy = [self._reference.greedy(prompt, MAX_TOKENS) for prompt in self.prompts]
 
     def assert_same(self, prompt: int, tokens: list[int]) -> None:
-        if tokens != self._greedy[prompt][: len(tokens)]:
+        if tokens != self.greedy[prompt][: len(tokens)]:
             self._reference.assert_same(self.prompts[prompt], tokens)
 
 
@@ -63,16 +64,23 @@ class Traffic:
         self.goals: dict[RequestKey, int] = {}
         self.tokens: dict[RequestKey, list[int]] = {}
 
-    def _new(self, prompt: int | None = None) -> Request:
-        prompt = self.rng.randrange(NUM_PROMPTS) if prompt is None else prompt
+    def _new(self, sibling: Request | None = None) -> Request:
+        name = str(len(self.prompts))
+        prompt = self.rng.randrange(NUM_PROMPTS) if sibling is None else self.prompts[sibling.key]
         request = make_request(
-            str(len(self.prompts)),
+            name,
             self.expected.prompts[prompt],
             max_tokens=self.rng.randint(1, MAX_TOKENS),
-            priority=self.rng.randrange(2),
+            priority=self.rng.randrange(2) if sibling is None else sibling.priority,
+            group=name if sibling is None else sibling.group_id,
         )
+        goal = request.sampling.max_tokens
+        if self.rng.random() < 0.3:  # it ends before, unforeseen
+            stop = self.rng.choice(self.expected.greedy[prompt][:goal])
+            goal = self.expected.greedy[prompt].index(stop) + 1
+            request = replace(request, sampling=replace(request.sampling, stop_token_ids=(stop,)))
         self.prompts[request.key] = prompt
-        self.goals[request.key] = request.sampling.max_tokens
+        self.goals[request.key] = goal
         self.tokens[request.key] = []
         return request
 
@@ -89,14 +97,14 @@ class Traffic:
             assert self.engine.abort(key)
             self.goals[key] = len(self.tokens[key])
 
-    def fork(self) -> None:
-        if (key := self._pick()) is None:
-            return
-        request = self._new(self.prompts[key])
-        try:
-            self.engine.fork(key, request)
-        except LifecycleError:  # its blocks were taken
-            self.engine.add(request)
+    def choices(self) -> None:
+        """A call with n > 1, whose choices come one by one."""
+        first = self._new()
+        self.engine.add(first)
+        for _ in range(self.rng.randint(1, 3)):
+            if self.rng.random() < 0.3:
+                self.step()
+            self.engine.add(self._new(first))
 
     def rollback(self) -> None:
         if (key := self._pick()) is not None and self.tokens[key]:
@@ -124,11 +132,14 @@ class Traffic:
         return step is not None
 
 
-def _engine(path: Path, kind: str, batching: str) -> Engine:
+def make_random_engine(
+    path: Path, kind: str, batching: str, is_pipelined: bool, device: str = "cpu"
+) -> Engine:
+    """``kind`` says how requests are preempted."""
     config = EngineConfig(
         model_path=str(path),
         dtype="fp32",
-        device="cpu",
+        device=device,
         block_size=8,
         num_blocks=NUM_BLOCKS,
         max_num_seqs=5,
@@ -140,27 +151,45 @@ def _engine(path: Path, kind: str, batching: str) -> Engine:
     cost = PreemptionCost(
         recompute_s=lambda num_tokens: num_tokens / 40, swap_s=lambda num_blocks: num_blocks**2 / 20
     )
-    return build_engine(config, preemption_cost=cost if kind == "cheaper" else None)
+    return build_engine(
+        config,
+        preemption_cost=cost if kind == "cheaper" else None,
+        is_pipelined=is_pipelined,
+    )
 
 
 @pytest.mark.parametrize(
-    ("kind", "batching"),
+    ("kind", "batching", "is_pipelined"),
     [
-        ("recompute", "continuous"),
-        ("cheaper", "continuous"),
-        ("swap", "static"),
+        ("recompute", "continuous", False),
+        ("recompute", "continuous", True),
+        ("cheaper", "continuous", False),
+        ("cheaper", "continuous", True),
+        ("swap", "static", False),
+        ("swap", "continuous", True),
     ],
 )
 def test_random_traffic_gets_its_reference_tokens_and_leaks_no_block(
-    model: Path, expected: Expected, kind: str, batching: str
+    model: Path, expected: Expected, kind: str, batching: str, is_pipelined: bool
 ) -> None:
-    rng = random.Random(f"{kind} {batching}")
-    engine = _engine(model, kind, batching)
+    engine = make_random_engine(model, kind, batching, is_pipelined)
+    drive(engine, expected, random.Random(f"{kind} {batching}"))
+    stats = engine.stats()
+    num_recomputed = stats.total_preemptions - stats.total_swap_preemptions
+    assert (stats.total_swap_preemptions > 0) == (kind != "recompute")
+    assert (stats.total_swapped_in_bytes > 0) == (kind != "recompute")
+    assert num_recomputed > 0 or kind != "recompute"
+    is_padded = stats.total_prefill_pad_tokens > 0 and stats.total_decode_pad_tokens > 0
+    assert is_padded == (batching == "static")
+
+
+def drive(engine: Engine, expected: Expected, rng: random.Random) -> None:
+    """Random traffic to its end: everybody has the expected tokens, and all blocks are free."""
     traffic = Traffic(engine, expected, rng)
     rare: list[Callable[[], None]] = [
         traffic.cancel,
-        traffic.fork,
-        traffic.fork,
+        traffic.choices,
+        traffic.choices,
         traffic.rollback,
         traffic.resize,
     ]
@@ -181,12 +210,6 @@ def test_random_traffic_gets_its_reference_tokens_and_leaks_no_block(
     stats = engine.stats()
     assert stats.num_free_blocks == stats.num_blocks == engine.num_blocks
     assert stats.num_swapped == 0
-    num_recomputed = stats.total_preemptions - stats.total_swap_preemptions
-    assert (stats.total_swap_preemptions > 0) == (kind != "recompute")
-    assert (stats.total_swapped_in_bytes > 0) == (kind != "recompute")
-    assert num_recomputed > 0 or kind != "recompute"
-    is_padded = stats.total_prefill_pad_tokens > 0 and stats.total_decode_pad_tokens > 0
-    assert is_padded == (batching == "static")
 
 
 def test_a_swapped_request_ends_in_its_reference_tokens_without_a_second_prefill(

@@ -1,4 +1,4 @@
-"""Requests that end early, fail, fork or go back, next to others that must not notice."""
+"""Requests that end early, fail or go back, next to others that must not notice."""
 
 from pathlib import Path
 
@@ -123,7 +123,8 @@ class _Faulty(TorchAttention):
         return super().forward(layer, query, key, value, scaling=scaling, batch=batch)
 
 
-def test_when_a_batch_breaks_only_the_guilty_fails(model: Path) -> None:
+@pytest.mark.parametrize("is_pipelined", [False, True])
+def test_when_a_batch_breaks_only_the_guilty_fails(model: Path, is_pipelined: bool) -> None:
     chain = load_model(model, dtype="fp32", device="cpu")
     pool = KVPool(chain.spec.kv_layout(8), 64, chain.device)
     config = EngineConfig(model_path=str(model), max_num_seqs=8, max_num_batched_tokens=64)
@@ -134,6 +135,7 @@ def test_when_a_batch_breaks_only_the_guilty_fails(model: Path) -> None:
         config,
         kv_sink=exports.append,
         backend=_Faulty(pool, chain.spec.sliding_windows),
+        is_pipelined=is_pipelined,
     )
     guilty = make_request("guilty", random_prompt(20, seed=1))
     fine = make_request("fine", random_prompt(30, seed=2), max_tokens=12)
@@ -191,28 +193,6 @@ def test_rolled_back_tokens_are_generated_again(model: Path) -> None:
     engine.check_integrity()
     with pytest.raises(LifecycleError):
         engine.rollback(request.key, 1)
-
-
-def test_forks_of_one_prompt_are_what_they_would_be_alone(model: Path) -> None:
-    prompt = random_prompt(21, seed=3)
-    requests = [
-        make_request(str(i), prompt, temperature=1.0, seed=i, max_tokens=10) for i in range(3)
-    ]
-    alone = [run(make_engine(model), request)[request.request_id] for request in requests]
-    engine = make_engine(model, enable_prefix_cache=False)
-    engine.add(requests[0])
-    collector = Collector()
-    while not collector.tokens:
-        step = engine.step()
-        assert step is not None
-        collector.take(step.outputs)
-    for request in requests[1:]:
-        engine.fork(requests[0].key, request)
-    _drain(engine, collector)
-    assert [collector.tokens[request.key] for request in requests] == alone
-    assert len({tuple(tokens) for tokens in alone}) == 3
-    assert engine.stats().total_prefill_tokens == 21 + 2
-    assert engine.stats().num_free_blocks == engine.num_blocks
 
 
 def test_what_the_model_cannot_take_is_refused(model: Path) -> None:

@@ -28,7 +28,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class _Client:
     """What a worker does with an engine thread, without an event loop."""
 
-    def __init__(self, model: Path, *, max_pending_calls: int = 64) -> None:
+    def __init__(
+        self, model: Path, *, max_pending_calls: int = 64, is_pipelined: bool | None = None
+    ) -> None:
         config = EngineConfig(
             model_path=str(model), dtype="fp32", device="cpu", block_size=8, num_blocks=64
         )
@@ -37,7 +39,7 @@ class _Client:
         self.progress: list[float] = []
         self.fatal: Future[BaseException] = Future()
         self.thread = EngineThread(
-            lambda progress: build_engine(config, on_progress=progress),
+            lambda progress: build_engine(config, is_pipelined=is_pipelined, on_progress=progress),
             on_output=self._take,
             on_fatal=self.fatal.set_result,
             on_progress=lambda what, fraction: self.progress.append(fraction),
@@ -63,8 +65,11 @@ def _add(name: str, length: int = 10) -> Callable[[Engine], None]:
     return lambda engine: engine.add(make_request(name, random_prompt(length, seed=length)))
 
 
-def test_requests_come_in_between_iterations_and_wake_an_idle_engine(model: Path) -> None:
-    client = _Client(model)
+@pytest.mark.parametrize("is_pipelined", [False, True])
+def test_requests_come_in_between_iterations_and_wake_an_idle_engine(
+    model: Path, is_pipelined: bool
+) -> None:
+    client = _Client(model, is_pipelined=is_pipelined)
     info = client.thread.start().result(TIMEOUT_S)
     assert (info.num_blocks, info.max_model_len, info.layout.block_size) == (64, 512, 8)
     assert info.spec.num_layers == 3

@@ -17,7 +17,12 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 from shared.engine.attention import AttentionBackend, AttentionBatch, TorchAttention
 from shared.engine.cuda import attention as cuda_attention
 from shared.engine.cuda import batch as cuda_batch
-from shared.engine.cuda.attention import CudaAttention, DecodeConfig
+from shared.engine.cuda.attention import (
+    GROUP_CONFIGS,
+    ROW_CONFIGS,
+    CudaAttention,
+    DecodeConfig,
+)
 from shared.engine.cuda.kernels import CudaKernels
 from shared.engine.cuda.linear import GEMV_CONFIGS, CudaGated, CudaLinear
 from shared.engine.kernels import ACTIVATIONS, TorchKernels
@@ -226,3 +231,11 @@ def test_a_decode_in_many_parts(shape: Shape, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(cuda_attention, name, (config,))
     case = Case(shape, DECODES)
     case.check(CudaAttention(case.pools[1], (shape.window,)))
+
+
+@pytest.mark.parametrize("config", [*ROW_CONFIGS, *GROUP_CONFIGS], ids=str)
+def test_each_way_to_decode(config: DecodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "GROUP_CONFIGS" if config.by_group else "ROW_CONFIGS"
+    monkeypatch.setattr(cuda_attention, name, (config,))
+    case = Case(Shape(8, 2 if config.by_group else 8, 64, 64, dtype=HALF), DECODES)
+    case.check(CudaAttention(case.pools[1], (None,)))

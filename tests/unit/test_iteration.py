@@ -394,25 +394,6 @@ def test_each_block_is_exported_once_even_if_it_is_computed_twice() -> None:
     assert [block for lo, hi in ranges for block in range(lo, hi)] == list(range(5))
 
 
-def test_a_fork_shares_the_prompt_and_copies_what_it_writes() -> None:
-    scheduler = _scheduler()
-    prompt = range(50, 60)
-    scheduler.add(_request("a", prompt), prefill_only=True)
-    _step(scheduler, 11)
-    free = scheduler.blocks.num_free_blocks
-    scheduler.fork(_key("a"), _request("b", prompt))
-    assert scheduler.blocks.num_free_blocks == free
-    plan, committed = _step(scheduler, 12)
-    assert _shape(plan) == [("b", 9, 10, True)]
-    assert committed[0].offset == 0
-    ((source, copy),) = plan.block_copies
-    mine, theirs = scheduler.blocks.block_table(_key("a")), plan.chunks[0].block_table
-    assert (mine[2], theirs[2]) == (source, copy)
-    assert mine[:2] == theirs[:2]
-    with pytest.raises(LifecycleError):
-        scheduler.fork(_key("nobody"), _request("c"))
-
-
 def test_a_failed_request_leaves_the_others_alone() -> None:
     scheduler = _scheduler()
     scheduler.add(_request("a", 6))

@@ -6,7 +6,7 @@ computed where the KV of all tokens before it is what those tokens make of it.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -16,7 +16,7 @@ from shared.core.engine_request import EngineState
 from shared.core.iteration import Batching, IterationScheduler
 from shared.core.preemption import PreemptionCost, PreemptionKind, SwapSpace
 from shared.core.request import Request, RequestKey, SamplingParams
-from shared.errors import LifecycleError, OutOfBlocks
+from shared.errors import OutOfBlocks
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 16
@@ -90,10 +90,14 @@ class Traffic:
         self.num_rollbacks = 0
         self.released: set[RequestKey] = set()
         self.decoding: set[RequestKey] = set()
+        self.imported: set[RequestKey] = set()
+        self.shared: set[RequestKey] = set()
+        """Who began with KV although nothing was imported; without a cache, a sibling's."""
         self.num_swapped_out = 0
         self.num_pad_chunks = 0
 
     def _new(self) -> Request:
+        """A request that may get siblings."""
         rng = self.rng
         first = rng.choice((10, 20))
         request = Request(
@@ -102,6 +106,7 @@ class Traffic:
             prompt_token_ids=tuple(range(first, first + rng.randint(1, 24))),
             sampling=SamplingParams(max_tokens=rng.randint(1, 14), ignore_eos=True),
             priority=rng.randrange(2),
+            group_id=str(len(self.requests)),
         )
         self.requests[request.key] = request
         return request
@@ -115,9 +120,8 @@ class Traffic:
 
     def arrive(self) -> None:
         if self.scheduler.count(EngineState.WAITING) < 6:
-            request = self._new()
             is_prefill_only = self.rng.random() < 0.2
-            self.scheduler.add(request, prefill_only=is_prefill_only)
+            self.scheduler.add(self._new(), prefill_only=is_prefill_only)
 
     def import_(self) -> None:
         """Blocks that were reserved are filled by somebody else."""
@@ -133,27 +137,27 @@ class Traffic:
             kv = _kv(request.prompt_token_ids)[cached:count]
             self.memory.write(table, cached, kv)
         self.scheduler.start_reserved(request, num_computed_tokens=max(count, cached))
+        self.imported.add(request.key)
 
-    def fork(self) -> None:
-        parent = self._any(EngineState.RUNNING, EngineState.HELD, EngineState.WAITING)
-        request = self._new()
-        if parent is not None:
-            tokens = self.requests[parent].prompt_token_ids
-            if self.rng.random() < 0.5:
-                tokens += tuple(self.outputs.get(parent, ()))[: MAX_MODEL_LEN - 1 - len(tokens)]
-            request = Request(
-                request_id=request.request_id,
-                attempt=0,
-                prompt_token_ids=tokens,
-                sampling=request.sampling,
+    def sibling(self) -> None:
+        """Some more choices of a call; those of a later attempt have output already."""
+        known = self._any(EngineState.RUNNING, EngineState.HELD, EngineState.WAITING)
+        if known is None or self.scheduler.count(EngineState.WAITING) > 6:
+            return
+        first = self.requests[known]
+        emitted = (*first.output_token_ids, *self.outputs.get(known, ()))
+        for _ in range(self.rng.randint(1, 3)):
+            most = min(len(emitted), MAX_MODEL_LEN - 1 - len(first.prompt_token_ids))
+            output = emitted[: self.rng.randint(0, most)] if self.rng.random() < 0.3 else ()
+            request = replace(
+                first,
+                request_id=str(len(self.requests)),
+                output_token_ids=output,
+                sampling=replace(first.sampling, max_tokens=len(output) + self.rng.randint(1, 14)),
+                priority=self.rng.randrange(2) if self.rng.random() < 0.2 else first.priority,
             )
             self.requests[request.key] = request
-            try:
-                self.scheduler.fork(parent, request)
-                return
-            except LifecycleError:  # it waits without blocks
-                pass
-        self._forget(request)
+            self.scheduler.add(request, prefill_only=self.rng.random() < 0.2)
 
     def release(self) -> None:
         key = self._any(*(state for state in EngineState))
@@ -225,7 +229,9 @@ class Traffic:
         }
         for item in scheduler.commit(plan, sampled):
             tokens = self.outputs.setdefault(item.request.key, [])
-            assert item.offset == len(tokens)
+            assert item.offset == len(item.request.request.output_token_ids) + len(tokens)
+            if item.request.num_cached_tokens > 0 and item.request.key not in self.imported:
+                self.shared.add(item.request.key)
             tokens += item.token_ids
             self.seeds.setdefault(item.request.key, []).append(seeds[item.request.key])
         self.decoding = {
@@ -250,8 +256,9 @@ class Traffic:
 
     def assert_all_served(self) -> None:
         for key, request in self.requests.items():
-            tokens = list(request.prompt_token_ids)
-            goal = min(request.sampling.max_tokens, MAX_MODEL_LEN - len(tokens))
+            tokens = [*request.prompt_token_ids, *request.output_token_ids]
+            num_emitted = len(request.output_token_ids)
+            goal = min(request.sampling.max_tokens - num_emitted, MAX_MODEL_LEN - len(tokens))
             for seed in self.seeds.get(key, ()):
                 tokens.append(_next_token(seed, tokens))
             got = self.outputs.get(key, [])
@@ -288,7 +295,7 @@ def test_random_traffic_sees_only_its_own_kv_and_leaks_nothing(
         elif choice < 0.33:
             traffic.import_()
         elif choice < 0.41:
-            traffic.fork()
+            traffic.sibling()
         elif choice < 0.55:
             rng.choice(rare)()
         traffic.step()
@@ -298,6 +305,7 @@ def test_random_traffic_sees_only_its_own_kv_and_leaks_nothing(
         idle = 0 if traffic.step() else idle + 1
         traffic.take_over()
     traffic.assert_all_served()
+    assert len(traffic.shared) > 20
     scheduler = traffic.scheduler
     assert scheduler.blocks.num_free_blocks == scheduler.blocks.num_blocks
     if swap is not None:

@@ -8,13 +8,17 @@ from shared.core.engine_request import EngineState
 from shared.core.iteration import IterationScheduler
 from shared.core.preemption import PreemptionCost, PreemptionKind, SwapSpace
 from shared.core.request import Request, RequestKey, SamplingParams
-from shared.errors import LifecycleError
 
 SWAP = PreemptionCost(recompute_s=lambda tokens: 1.0, swap_s=lambda blocks: 0.0)
 
 
 def _request(
-    name: str, prompt: Iterable[int], *, priority: int = 0, max_tokens: int = 9
+    name: str,
+    prompt: Iterable[int],
+    *,
+    priority: int = 0,
+    max_tokens: int = 9,
+    group: str | None = None,
 ) -> Request:
     return Request(
         request_id=name,
@@ -22,6 +26,7 @@ def _request(
         prompt_token_ids=tuple(prompt),
         sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
         priority=priority,
+        group_id=group,
     )
 
 
@@ -31,10 +36,15 @@ def _scheduler(
     num_host_blocks: int = 8,
     cost: PreemptionCost = SWAP,
     max_num_seqs: int = 4,
+    max_num_batched_tokens: int = 64,
     enable_prefix_cache: bool = False,
 ) -> IterationScheduler:
     return IterationScheduler(
-        IterationLimits(max_num_seqs=max_num_seqs, max_num_batched_tokens=64, max_model_len=16),
+        IterationLimits(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=16,
+        ),
         BlockManager(num_blocks, block_size=4),
         enable_prefix_cache=enable_prefix_cache,
         swap=SwapSpace(num_host_blocks, 4, cost),
@@ -132,12 +142,10 @@ def test_a_swapped_request_can_end(end: str) -> None:
     assert scheduler.blocks.num_free_blocks == 5
 
 
-def test_a_swapped_request_can_be_rolled_back_but_not_forked() -> None:
+def test_a_swapped_request_can_be_rolled_back() -> None:
     scheduler = _full()
     plan = scheduler.plan()
     scheduler.commit(plan, {A: (5,)})
-    with pytest.raises(LifecycleError, match="no blocks to share"):
-        scheduler.fork(B, _request("c", range(20, 27)))
     scheduler.rollback(B, 2)
     scheduler.check_integrity()
     assert scheduler.release(A)
@@ -161,38 +169,34 @@ def test_what_the_prefix_cache_still_has_is_not_copied_back() -> None:
 
 
 def test_a_block_about_to_be_copied_is_swapped_out_from_where_its_content_is() -> None:
-    scheduler = _scheduler(5, max_num_seqs=2)
-    scheduler.add(_request("parent", range(10, 15), priority=1))
+    scheduler = _scheduler(5, max_num_seqs=2, max_num_batched_tokens=8)
+    first = _request("first", range(10, 21), priority=1, group="g")
+    scheduler.add(first)
     _step(scheduler)
-    scheduler.add(_request("other", range(20, 27)))
+    scheduler.add(_request("other", range(30, 34)))
+    scheduler.add(_request("second", range(10, 21), group="g"))
     _step(scheduler)
-    _step(scheduler)
-    parent = RequestKey("parent", 0)
-    scheduler.fork(parent, _request("child", (*range(10, 15), 5, 5, 5)))
-    table = list(scheduler.blocks.block_table(parent))
-    # The parent makes its last block its own with the last free one, which the other needs then.
+    table = list(scheduler.blocks.block_table(first.key))
+    # It makes its last block its own with the last free one, which the other needs then.
     plan = scheduler.plan()
-    assert plan.preempted == ((parent, PreemptionKind.SWAP),)
+    assert plan.preempted == ((first.key, PreemptionKind.SWAP),)
     assert [block for block, _ in plan.swap_out] == table
     assert plan.block_copies == ()
     assert [chunk.key.request_id for chunk in plan.chunks] == ["other"]
     scheduler.check_integrity()
 
 
-def test_a_parent_that_takes_tokens_back_does_not_write_into_its_child_s_blocks() -> None:
+def test_who_takes_tokens_back_does_not_write_into_a_sibling_s_blocks() -> None:
     scheduler = _scheduler(8, max_num_seqs=1)
-    parent = RequestKey("parent", 0)
-    scheduler.add(_request("parent", range(10, 13)))
+    first, second = (_request(name, range(10, 14), group="g") for name in "ab")
+    scheduler.add(first)
+    scheduler.add(second)
     for _ in range(4):
         _step(scheduler)
-    request = scheduler.get(parent)
-    assert request is not None
-    child = _request("child", range(10, 13))
-    scheduler.fork(parent, child)
-    shared = scheduler.blocks.block_table(child.key)[0]
-    scheduler.rollback(parent, 4)
+    (shared,) = scheduler.blocks.block_table(second.key)
+    scheduler.rollback(first.key, 4)
     plan = scheduler.plan()
-    assert [(c.key, c.start, c.end) for c in plan.chunks] == [(parent, 2, 3)]
+    assert [(c.key, c.start, c.end) for c in plan.chunks] == [(first.key, 3, 4)]
     assert [source for source, _ in plan.block_copies] == [shared]
     assert shared not in plan.chunks[0].block_table
 

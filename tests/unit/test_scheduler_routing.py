@@ -1,7 +1,15 @@
 """Routing and the scheduler's view of the cluster: pure decisions on reports."""
 
 from services.scheduler.cluster import Cluster, Worker
-from services.scheduler.routing import RoutingLimits, capacity_of, choose_decode, divide
+from services.scheduler.routing import (
+    RoutingLimits,
+    beside_siblings,
+    capacity_of,
+    choose_decode,
+    divide,
+)
+from shared.core.policies import PrefillBatch, QueuedRequest
+from shared.core.request import Request, SamplingParams
 from shared.messages.load import InstanceState, WorkerReport
 
 
@@ -84,6 +92,59 @@ def test_decode_goes_where_load_is_least_and_memory_suffices() -> None:
     chosen = choose_decode(pools, num_blocks=4, kv_layout="k")
     assert chosen is not None and chosen.instance == "busy"
     assert choose_decode(pools, num_blocks=101, kv_layout="k") is None
+
+
+def test_who_does_not_answer_is_taken_if_there_is_no_other() -> None:
+    pools = divide(
+        [
+            worker("p", "prefill"),
+            worker("quiet", "decode"),
+            worker("busy", "decode", compute_utilisation=1.0, num_free_blocks=50),
+        ]
+    )
+    for num_blocks, expected in ((50, "busy"), (51, "quiet")):
+        chosen = choose_decode(pools, num_blocks=num_blocks, kv_layout="k", avoided={"quiet"})
+        assert chosen is not None and chosen.instance == expected
+
+
+def batch(instance: str, *groups: str | None) -> PrefillBatch:
+    requests = [
+        Request(
+            request_id=str(number),
+            attempt=0,
+            prompt_token_ids=(1,),
+            sampling=SamplingParams(max_tokens=4),
+            group_id=group,
+        )
+        for number, group in enumerate(groups)
+    ]
+    queued = tuple(QueuedRequest(request=request, arrival_s=0.0) for request in requests)
+    return PrefillBatch(instance=instance, requests=queued, reason="test")
+
+
+def test_a_batch_goes_where_siblings_are_prefilled_if_there_is_a_slot() -> None:
+    def routed(*batches: PrefillBatch, limit: int = 2, **num_batches: int) -> list[str]:
+        pools = divide(
+            [
+                *(worker(n, "prefill", batches=num_batches.get(n, 0)) for n in ("p", "q")),
+                worker("d", "decode"),
+            ]
+        )
+        capacity = capacity_of(pools, RoutingLimits(max_batches=limit))
+        homes = {"call": "p"} if "p" in num_batches else {}
+        return [b.instance for b in beside_siblings(batches, pools, capacity, homes)]
+
+    assert routed(batch("q", None, "call"), p=1) == ["p"]
+    assert routed(batch("p", "call"), p=1) == ["p"]
+    assert routed(batch("q", None, "other"), p=1) == ["q"]
+    # No slot is left there, or it is busier.
+    assert routed(batch("q", "call"), p=2) == ["q"]
+    assert routed(batch("q", "call"), limit=4, p=2) == ["q"]
+    assert routed(batch("q", "call"), limit=4, p=2, q=1) == ["p"]
+    # Batches of one round: the second follows the first, but not further than there are slots.
+    assert routed(batch("p", "call"), batch("q", "call")) == ["p", "p"]
+    assert routed(batch("p", "call"), batch("q", "call"), limit=1) == ["p", "q"]
+    assert routed(*[batch(name, "call") for name in "pqp"]) == ["p", "q", "p"]
 
 
 def test_nearly_equal_load_is_decided_by_what_was_given() -> None:

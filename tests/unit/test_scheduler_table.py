@@ -1,5 +1,7 @@
 """The scheduler's tables: who dies with whom, when a batch ends, what a takeover finds."""
 
+from dataclasses import replace
+
 from services.scheduler.recovery import Findings
 from services.scheduler.table import Entry, EntryStatus, RequestTable
 from shared.core.request import Request, RequestKey, SamplingParams
@@ -39,6 +41,19 @@ def test_a_lost_attempt_dies_with_nobody_and_is_counted_nowhere() -> None:
     table.mark_lost(item, "gone")
     assert table.of_instance("d") == []
     assert table.num_assigned()["d"] == 0 == table.num_assigned()["p"]
+
+
+def test_a_group_is_at_home_where_it_is_being_prefilled() -> None:
+    table = RequestTable()
+    entries = [placed(table, name, "p", "d") for name in "abc"]
+    for item, group in zip(entries, ("x", "x", None), strict=True):
+        item.request = replace(item.request, group_id=group)
+    table.enter_batch(1, "p1", entries[:1])
+    assert table.homes_of_groups() == {"x": "p1"}
+    table.leave_batch(entries[0])
+    assert table.homes_of_groups() == {}
+    table.enter_batch(2, "p2", entries[1:])
+    assert table.homes_of_groups() == {"x": "p2"}
 
 
 def test_an_instance_that_serves_both_roles_is_counted_once() -> None:

@@ -21,6 +21,7 @@ MIN_TILE = 16
 """What a product of tiles needs at least."""
 MAX_DIMS = 256
 MAX_SPLITS = 64
+PREFILL_WARPS = 8
 WRITTEN_NUMBERS = 2048
 """Keys of so many numbers are written by one program."""
 
@@ -119,7 +120,6 @@ class CudaAttention:
         is_exact = pool.layout.dtype == "fp32"
         self._prefill_rows = 32 if is_exact else 128 if widest <= MAX_DIMS // 2 else 64
         self._prefill_tile = 16 if is_exact else 64
-        self._prefill_warps = 4 if is_exact else 8
         self._prefill_stages = 1 if is_exact else 3 if widest <= MAX_DIMS // 2 else 2
 
     @staticmethod
@@ -352,7 +352,7 @@ class CudaAttention:
             HAS_SINKS=call.sinks is not None,
             PRECISION=call.precision,
             NUM_STAGES=self._prefill_stages,
-            num_warps=self._prefill_warps,
+            num_warps=PREFILL_WARPS,
         )
 
 
