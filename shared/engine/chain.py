@@ -12,7 +12,7 @@ from shared.engine import probe
 from shared.engine.attention import AttentionBackend, AttentionBatch
 from shared.engine.experts import ExpertLoad
 from shared.engine.families import ModelParts
-from shared.engine.fused import FusedHead, FusedLayer, RotaryTable, fusable_layers
+from shared.engine.fused import FusedHead, FusedLayer, FusedSegment, RotaryTable, fusable_layers
 from shared.engine.kernels import LayerKernels
 from shared.engine.spec import ModelSpec
 from shared.kvcache.pool import KVPool
@@ -88,6 +88,13 @@ class ModelChain:
             if on_layer is not None:
                 on_layer(index)
         return hidden
+
+    def fused_segment(self, lo: int, hi: int) -> FusedSegment | None:
+        """Layers ``[lo, hi)``; ``None`` unless all of them are fused, and wholly."""
+        layers = [layer for layer in self._fused[lo:hi] if layer is not None and layer.is_whole]
+        if self._rotary is None or len(layers) < hi - lo:
+            return None
+        return FusedSegment(layers, self._rotary)
 
     def _run_module(
         self, index: int, hidden: Tensor, batch: AttentionBatch, position_embeddings: Any

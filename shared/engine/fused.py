@@ -59,9 +59,14 @@ class RotaryTable:
         half = cosines.shape[-1] // 2
         self._table = torch.cat([cosines[0, :, :half], sines[0, :, :half]], dim=-1).contiguous()
 
-    def lookup(self, positions: Tensor) -> Tensor:
+    @property
+    def rotary_dim(self) -> int:
+        """Numbers of a head that are rotated."""
+        return self._table.shape[1]
+
+    def lookup(self, positions: Tensor, out: Tensor | None = None) -> Tensor:
         """``[num_tokens, rotary_dim]`` fp32, cosines before sines, of reserved positions."""
-        return self._table.index_select(0, positions)
+        return torch.index_select(self._table, 0, positions, out=out)
 
 
 class FusedLayer:
@@ -92,6 +97,11 @@ class FusedLayer:
         self._gate_up = kernels.gated(weight, activation)
         self._down = kernels.linear(module.mlp.down_proj.weight, module.mlp.down_proj.bias)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it runs in ``LayerKernels``, without a module of transformers'."""
+        return self._mlp is None
+
     def __call__(self, hidden: Tensor, batch: AttentionBatch, cos_sin: Tensor) -> Tensor:
         """``hidden`` ``[num_tokens, hidden_size]`` to the same behind this layer.
 
@@ -116,6 +126,14 @@ class FusedLayer:
             mixed: Tensor = self._mlp(x.unsqueeze(0))
             return hidden.add_(mixed[0])
         return self._down.add_to(hidden, self._gate_up(x))
+
+
+@dataclass(frozen=True, slots=True)
+class FusedSegment:
+    """Layers that follow each other, all of them whole."""
+
+    layers: Sequence[FusedLayer]
+    rotary: RotaryTable
 
 
 class FusedHead:

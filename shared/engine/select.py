@@ -15,6 +15,8 @@ from torch import Tensor
 from shared.engine.attention import AttentionBackend, AttentionBatch
 from shared.engine.kernels import LayerKernels, TorchKernels
 from shared.engine.native import kernels as native
+from shared.engine.native.attention import NativeAttention
+from shared.engine.native.recording import RecordedLayers
 
 if TYPE_CHECKING:
     from shared.engine.chain import ModelChain
@@ -58,4 +60,6 @@ def make_layer_runner(chain: "ModelChain", backend: AttentionBackend) -> LayerRu
 
         if isinstance(backend, CudaAttention):
             return GraphedLayers(chain, backend)
+    if isinstance(backend, NativeAttention) and chain.kernels.activation_dtype is torch.float32:
+        return RecordedLayers(chain, backend)
     return chain.run_layers

@@ -14,12 +14,13 @@ from shared.engine.native.library import (
     AttentionStruct,
     BatchStruct,
     NativeLibrary,
+    Operation,
 )
 from shared.kvcache.pool import KVPool
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class NativeBatch:
     """A batch as the kernels want it, and the tensors behind its addresses."""
 
     struct: BatchStruct
@@ -44,9 +45,9 @@ class NativeAttention:
         sliding_windows: Sequence[int | None],
         activation_dtype: torch.dtype,
     ) -> None:
-        self._attention = library.functions.attention
+        self.library = library
+        self.pool = pool
         self._prefills_by_torch = activation_dtype is torch.bfloat16
-        self._pool = pool
         self._windows = tuple(sliding_windows)
         self._torch = TorchAttention(pool, sliding_windows)
         self._shapes: dict[tuple[int, int, torch.dtype, float], AttentionStruct] = {}
@@ -62,7 +63,7 @@ class NativeAttention:
             and all(layer.head_dim % library.vector_width == 0 for layer in layout.layers)
         )
 
-    def prepare(self, batch: AttentionBatch) -> _Prepared:
+    def prepare(self, batch: AttentionBatch) -> NativeBatch:
         """See ``AttentionBackend``."""
         num_seqs = len(batch.context_lens)
         seqs: Sequence[int] = range(num_seqs)
@@ -87,7 +88,7 @@ class NativeAttention:
             tables.data_ptr(),
             batch.slot_mapping.data_ptr(),
         )
-        return _Prepared(
+        return NativeBatch(
             struct=struct,
             address=ctypes.addressof(struct),
             arrays=(cu_seqlens_q, context_lens, tables),
@@ -109,23 +110,24 @@ class NativeAttention:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """See ``AttentionBackend``."""
-        prepared: _Prepared = batch.state
+        prepared: NativeBatch = batch.state
         query, key, value = _packed_heads(query), _packed_heads(key), _packed_heads(value)
         num_tokens, num_heads, head_dim = query.shape
         if value.stride(0) != key.stride(0):
             value = value.contiguous()
             key = key.contiguous()
         if prepared.prefills is None:
-            output = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype)
+            output = self.library.empty(num_tokens, num_heads, head_dim, dtype=query.dtype)
         else:
             output = self._torch.attend(layer, query, key, value, scaling, batch, prepared.prefills)
         shape = self._shape(layer, num_heads, query.dtype, scaling)
-        self._attention(
+        self.library.call(
+            Operation.ATTENTION,
             ctypes.addressof(shape),
             prepared.address,
             prepared.seqs.data_ptr(),
             prepared.seqs.shape[0],
-            self._pool.layers[layer].tensor.data_ptr(),
+            self.pool.layers[layer].tensor.data_ptr(),
             query.data_ptr(),
             query.stride(0),
             key.data_ptr(),
@@ -143,14 +145,14 @@ class NativeAttention:
         key = (layer, num_heads, dtype, scaling)
         shape = self._shapes.get(key)
         if shape is None:
-            kv = self._pool.layout.layers[layer]
+            kv = self.pool.layout.layers[layer]
             shape = self._shapes[key] = AttentionStruct(
                 num_heads,
                 kv.num_kv_heads,
                 kv.head_dim,
-                self._pool.layout.block_size,
+                self.pool.layout.block_size,
                 self._windows[layer] or 0,
-                DTYPE_CODES[self._pool.layers[layer].tensor.dtype],
+                DTYPE_CODES[self.pool.layers[layer].tensor.dtype],
                 DTYPE_CODES[dtype],
                 scaling,
             )

@@ -86,4 +86,24 @@ EXPORT void attention(const attention_t *shape, const batch_t *batch, const int3
                       const void *key, const void *value, int64_t kv_stride, void *output,
                       int64_t o_stride, int32_t num_threads);
 
+/* -- recorded calls */
+
+enum operation { RUN_LINEAR = 0, RMS_NORM = 1, ROPE = 2, ATTENTION = 3 };
+
+typedef union {
+    int64_t integer;
+    void *pointer;
+    float number;
+} argument_t;
+
+/* A call of one of the functions above, its arguments in their order. */
+typedef struct {
+    int64_t operation;
+    argument_t arguments[13];
+} call_t;
+
+/* Makes the calls one after another, for the first `num_rows` rows of their matrices, whatever
+ * number of rows they were recorded with; of attention these are requests with one row each. */
+EXPORT void run_calls(const call_t *calls, int64_t count, int64_t num_rows);
+
 #endif

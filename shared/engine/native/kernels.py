@@ -14,6 +14,7 @@ from shared.engine.native.library import (
     DTYPE_CODES,
     Epilogue,
     NativeLibrary,
+    Operation,
     PackedLinear,
     load_library,
 )
@@ -83,8 +84,6 @@ class NativeKernels:
         self.activation_dtype = activation_dtype
         self._code = DTYPE_CODES[activation_dtype]
         self._library = library
-        self._rms_norm = library.functions.rms_norm
-        self._rope = library.functions.rope
         self._gate_mul = library.functions.gate_mul
         self._fastest: dict[tuple[int, int], LinearFactory] = {}
 
@@ -124,8 +123,9 @@ class NativeKernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See ``LayerKernels``."""
-        out = torch.empty_like(x)
-        self._rms_norm(
+        out = self._library.empty(*x.shape, dtype=x.dtype)
+        self._library.call(
+            Operation.RMS_NORM,
             x.data_ptr(),
             None,
             weight.data_ptr(),
@@ -144,7 +144,8 @@ class NativeKernels:
     ) -> None:
         """See ``LayerKernels``."""
         num_tokens, num_heads, head_dim = heads.shape
-        self._rope(
+        self._library.call(
+            Operation.ROPE,
             heads.data_ptr(),
             heads.stride(0),
             cos_sin.data_ptr(),

@@ -4,9 +4,9 @@ import ctypes
 import platform
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
-from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -81,21 +81,63 @@ SIGNATURES: dict[str, tuple[type[c_int64] | None, Sequence[type]]] = {
     "rope": (None, (_P, _N, _P, _N, _N, _N, _N, _P, _F, _I, _I)),
     "gate_mul": (None, (_P, _P, _N, _N, _I, _I, _I)),
     "attention": (None, (_P, _P, _P, _N, _P, _P, _N, _P, _P, _N, _P, _N, _I)),
+    "run_calls": (None, (_P, _N, _N)),
 }
 
 
-@dataclass(frozen=True, slots=True)
-class NativeLibrary:
-    """The build of the kernels for this CPU. ``functions`` are those of ``kernels.h``."""
+class Operation(IntEnum):
+    """The kernels that can be recorded, as in ``kernels.h``."""
 
-    name: str
-    functions: ctypes.CDLL
-    panel_width: int
+    RUN_LINEAR = 0
+    RMS_NORM = 1
+    ROPE = 2
+    ATTENTION = 3
+
+
+class Recording(Protocol):
+    """Notes calls while they are made (``shared.engine.native.recording``)."""
+
+    def note(self, operation: Operation, arguments: Sequence[int | float | None]) -> None:
+        """One call."""
+        ...
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor that stays where it is as long as the recording is used."""
+        ...
+
+
+class NativeLibrary:
+    """The build of the kernels for this CPU, for one thread to call.
+
+    ``functions`` are those of ``kernels.h``. While there is a ``recording``, it is told of every
+    ``call``, and what ``empty`` gives is its.
+    """
+
+    def __init__(self, name: str, functions: ctypes.CDLL) -> None:
+        self.name = name
+        self.functions = functions
+        self.panel_width: int = functions.panel_width()
+        self.recording: Recording | None = None
+        self._operations = {
+            operation: getattr(functions, operation.name.lower()) for operation in Operation
+        }
 
     @property
     def vector_width(self) -> int:
         """Floats in a vector."""
         return self.panel_width // 2
+
+    def call(self, operation: Operation, *arguments: int | float | None) -> None:
+        """One of the kernels with the arguments that ``kernels.h`` gives it."""
+        self._operations[operation](*arguments)
+        if self.recording is not None:
+            self.recording.note(operation, arguments)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What a kernel writes its result to."""
+        if self.recording is not None:
+            return self.recording.empty(shape, dtype)
+        return torch.empty(shape, dtype=dtype)
 
 
 def load_library(names: Sequence[str] | None = None) -> NativeLibrary | None:
@@ -111,7 +153,7 @@ def load_library(names: Sequence[str] | None = None) -> NativeLibrary | None:
                 for function, (result, arguments) in SIGNATURES.items():
                     getattr(functions, function).restype = result
                     getattr(functions, function).argtypes = arguments
-                return NativeLibrary(name, functions, functions.panel_width())
+                return NativeLibrary(name, functions)
     return None
 
 
@@ -163,7 +205,7 @@ class PackedLinear:
             int(epilogue),
         )
         self._address = ctypes.addressof(self._struct)
-        self._run = library.functions.run_linear
+        self._library = library
         library.functions.pack_linear(
             self._address,
             self._packed.data_ptr(),
@@ -179,8 +221,9 @@ class PackedLinear:
         """
         num_rows = x.shape[0]
         if out is None:
-            out = torch.empty(num_rows, self.out_features)
-        self._run(
+            out = self._library.empty(num_rows, self.out_features)
+        self._library.call(
+            Operation.RUN_LINEAR,
             self._address,
             is_added,
             x.data_ptr(),
