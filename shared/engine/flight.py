@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from shared.engine.sampler import SampledBatch, SampledRow
 from shared.errors import EngineError
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """New tokens of one request; ``logprobs`` has one entry a token, or none was asked for."""
 
     token_ids: tuple[int, ...]

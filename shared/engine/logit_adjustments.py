@@ -4,8 +4,8 @@ Only single entries change, so that a row costs what its entries cost, and one c
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ from shared.core.request import SamplingParams
 from shared.core.token_counts import TokenCounts
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingRow:
+class SamplingRow(NamedTuple):
     """How to sample one row of logits.
 
     ``position`` is the index of the token among the request's output tokens; ``eos_token_ids``

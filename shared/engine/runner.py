@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,17 +133,21 @@ class ModelRunner:
         positions: list[int] = []
         slots: list[int] = []
         cu_seqlens_q = [0]
-        for chunk in chunks:
-            table = chunk.block_table
-            tokens += chunk.request.token_ids[chunk.start : chunk.end]
-            positions += range(chunk.start, chunk.end)
-            slots += [
-                table[position // block_size] * block_size + position % block_size
-                for position in range(chunk.start, chunk.end)
-            ]
+        for request, start, end, _, table in chunks:
+            if end - start == 1:  # what nearly all are: at large batches this loop is what counts
+                tokens.append(request.token_ids[start] if token_ids is None else 0)
+                positions.append(start)
+                slots.append(table[start // block_size] * block_size + start % block_size)
+            else:
+                tokens += request.token_ids[start:end]
+                positions += range(start, end)
+                slots += [
+                    table[position // block_size] * block_size + position % block_size
+                    for position in range(start, end)
+                ]
             cu_seqlens_q.append(len(positions))
         columns = [slots, positions] if token_ids is not None else [slots, positions, tokens]
-        on_device = to_device(torch.tensor(columns), self._chain.device)
+        on_device = to_device(torch.from_numpy(np.array(columns)), self._chain.device)
         batch = AttentionBatch(
             positions=on_device[1],
             slot_mapping=on_device[0],

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,7 @@ from shared.engine.logit_adjustments import SamplingRow, adjust, to_device
 __all__ = ["SampledBatch", "SampledRow", "SamplingRow", "sample", "sample_on_device"]
 
 
-@dataclass(frozen=True, slots=True)
-class SampledRow:
+class SampledRow(NamedTuple):
     """The token of one row, or why there is none."""
 
     token_id: int
@@ -39,11 +39,16 @@ class SampledBatch:
 
     def fetch(self) -> list[SampledRow]:
         """The rows; waits for the device."""
-        packed = torch.where(self.is_valid, self.token_ids, -1 - self.token_ids)
         logprobs = iter(() if self.logprobs is None else self.logprobs.tolist())
         return [
-            _row(token, None if count is None else _token_logprobs(next(logprobs), count))
-            for token, count in zip(packed.tolist(), self.num_logprobs, strict=True)
+            SampledRow(
+                token,
+                None if count is None else _token_logprobs(next(logprobs), count),
+                None if is_valid else "the logits are not finite or no token is allowed",
+            )
+            for token, is_valid, count in zip(
+                self.token_ids.tolist(), self.is_valid.tolist(), self.num_logprobs, strict=True
+            )
         ]
 
 
@@ -119,12 +124,6 @@ def _logprobs(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow]) ->
     mass = log_mass(logits, top[:, :1])
     own = logits.gather(1, token_ids[:, None])
     return torch.cat((own - mass, top[:, :most] - mass, ids[:, :most].double()), dim=1)
-
-
-def _row(token: int, logprobs: TokenLogprobs | None) -> SampledRow:
-    if token < 0:
-        return SampledRow(-1 - token, error="the logits are not finite or no token is allowed")
-    return SampledRow(token, logprobs)
 
 
 def _token_logprobs(values: Sequence[float], count: int) -> TokenLogprobs:

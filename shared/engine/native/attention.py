@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,14 +19,16 @@ from shared.engine.native.library import (
 )
 from shared.kvcache.pool import KVPool
 
+INT32_BYTES = 4
+
 
 @dataclass(frozen=True, slots=True)
 class NativeBatch:
-    """A batch as the kernels want it, and the tensors behind its addresses."""
+    """A batch as the kernels want it, and the array behind its addresses."""
 
     struct: BatchStruct
     address: int
-    arrays: tuple[Tensor, ...]
+    array: Tensor
     seqs: Tensor  # [num_seqs] int32: the requests that the kernels attend for
     prefills: Any  # the others, as TorchAttention wants them; None if there are none
     num_threads: int
@@ -68,31 +71,34 @@ class NativeAttention:
         num_seqs = len(batch.context_lens)
         seqs: Sequence[int] = range(num_seqs)
         prefills = None
-        longest = max(map(len, batch.block_tables), default=0)
-        tables = torch.tensor(
-            [[*table, *[0] * (longest - len(table))] for table in batch.block_tables],
-            dtype=torch.int32,
-        )
-        cu_seqlens_q = torch.tensor(batch.cu_seqlens_q, dtype=torch.int32)
-        context_lens = torch.tensor(batch.context_lens, dtype=torch.int32)
         if self._prefills_by_torch:
             decodes = [index for index in seqs if batch.query_len(index) == 1]
             if len(decodes) < num_seqs:
                 seqs, prefills = decodes, self._torch.prepare(batch, with_decodes=False)
+        max_blocks = max(map(len, batch.block_tables), default=0)
+        numbers = [*batch.cu_seqlens_q, *batch.context_lens]
+        for table in batch.block_tables:
+            numbers += table
+            numbers += [0] * (max_blocks - len(table))
+        numbers += seqs
+        # One array for all: making an array takes longer than filling it.
+        array = torch.from_numpy(np.array(numbers, dtype=np.int32))
+        lens = array.data_ptr() + (num_seqs + 1) * INT32_BYTES
+        tables = lens + num_seqs * INT32_BYTES
         struct = BatchStruct(
             num_seqs,
             batch.positions.shape[0],
-            longest,
-            cu_seqlens_q.data_ptr(),
-            context_lens.data_ptr(),
-            tables.data_ptr(),
+            max_blocks,
+            array.data_ptr(),
+            lens,
+            tables,
             batch.slot_mapping.data_ptr(),
         )
         return NativeBatch(
             struct=struct,
             address=ctypes.addressof(struct),
-            arrays=(cu_seqlens_q, context_lens, tables),
-            seqs=torch.tensor(seqs, dtype=torch.int32),
+            array=array,
+            seqs=array[len(numbers) - len(seqs) :],
             prefills=prefills,
             num_threads=torch.get_num_threads(),
         )

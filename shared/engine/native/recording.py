@@ -87,7 +87,7 @@ class _Program:
         self._batch = NativeBatch(
             struct=struct,
             address=ctypes.addressof(struct),
-            arrays=(),
+            array=torch.empty(0),
             seqs=torch.arange(MAX_ROWS, dtype=torch.int32),
             prefills=None,
             num_threads=self.num_threads,
