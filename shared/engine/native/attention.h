@@ -4,8 +4,7 @@
 
 #include <math.h>
 
-#include "kernels.h"
-#include "simd.h"
+#include "ops.h"
 
 #define MASKED (-INFINITY)
 
@@ -20,8 +19,6 @@ typedef struct {
     int64_t o_stride;
 } job_t;
 
-INLINE int64_t item_bytes(int32_t dtype) { return dtype == BF16 ? 2 : 4; }
-
 /* Keys of one head of one block [block_size, head_dim]; its values follow. */
 INLINE const char *block_keys(const job_t *job, int64_t seq, int64_t block, int64_t kv_head) {
     const attention_t *s = job->shape;
@@ -34,17 +31,6 @@ INLINE const char *block_keys(const job_t *job, int64_t seq, int64_t block, int6
 /* The first position that the query at `position` sees. */
 INLINE int64_t first_seen(const attention_t *s, int64_t position) {
     return s->window > 0 && position >= s->window ? position - s->window + 1 : 0;
-}
-
-INLINE vf load_any(const void *p, int64_t i, int32_t dtype) {
-    return dtype == BF16 ? load_bf16((const bf16 *)p + i) : load_f32((const float *)p + i);
-}
-
-INLINE void store_any(void *p, int64_t i, vf v, int32_t dtype) {
-    if (dtype == BF16)
-        store_bf16((bf16 *)p + i, v);
-    else
-        store_f32((float *)p + i, v);
 }
 
 /* A request with one row: jobs [0, decode_jobs()), each some heads of one KV head. */

@@ -42,8 +42,8 @@ INLINE void load_as_pair(const void *p, int64_t i, int32_t from, int32_t dtype, 
     pair[0] = first;
 }
 
-/* Scores of a group of VL tokens for `heads` query heads, in `scores` [heads][SEGMENT]. Asks for the
- * group at `ahead`, line by line. */
+/* Scores of a group of VL tokens for `heads` query heads, in `scores` [heads][SEGMENT]. Asks for
+ * the group at `ahead`, line by line. */
 INLINE void score_group(const float *q, int heads, const char *keys, int64_t dim, float *scores,
                         int32_t dtype, const char *ahead) {
     int tokens = VL / heads;
@@ -178,7 +178,7 @@ INLINE const char *keys_at(const stream_t *stream, int64_t token) {
            token % s->block_size * s->head_dim * item_bytes(s->cache_dtype);
 }
 
-/* Where the group is that is read `stream->ahead` groups after the `group`-th of a segment [lo, hi). */
+/* The group that is read `stream->ahead` groups after the `group`-th of a segment [lo, hi). */
 INLINE const char *ahead_of(const stream_t *stream, int64_t lo, int64_t hi, int64_t group) {
     const attention_t *s = stream->job->shape;
     int64_t token = lo + (group + stream->ahead) * VL;
@@ -187,6 +187,34 @@ INLINE const char *ahead_of(const stream_t *stream, int64_t lo, int64_t hi, int6
     if (token < hi)
         return keys_at(stream, token) + s->block_size * s->head_dim * item_bytes(s->cache_dtype);
     return keys_at(stream, token);
+}
+
+/* A row of queries, scaled, to [dim] fp32 in the order of pairs. */
+INLINE void load_query(float *q, const job_t *job, int64_t at, int64_t dim, int32_t dtype) {
+    const attention_t *s = job->shape;
+    int64_t d = 0;
+    for (; d + NR <= dim; d += NR) {
+        vf pair[2];
+        load_as_pair(job->query, at + d, s->activation_dtype, dtype, pair);
+        store_f32(q + d, pair[0] * s->scale);
+        store_f32(q + d + VL, pair[1] * s->scale);
+    }
+    if (d < dim) store_f32(q + d, load_any(job->query, at + d, s->activation_dtype) * s->scale);
+}
+
+/* [dim] sums in the order of pairs, over the sum of their weights, to a row of the output. */
+INLINE void store_output(const job_t *job, int64_t at, const float *sums, float total, int64_t dim,
+                         int32_t dtype) {
+    int32_t to = job->shape->activation_dtype;
+    int64_t d = 0;
+    for (; d + NR <= dim; d += NR) {
+        vf pair[2];
+        load_row_f32(sums + d, pair);
+        unpair(pair, dtype);
+        store_any(job->output, at + d, pair[0] / total, to);
+        store_any(job->output, at + d + VL, pair[1] / total, to);
+    }
+    if (d < dim) store_any(job->output, at + d, load_f32(sums + d) / total, to);
 }
 
 #define WITH_HEADS(CALL)                                                                          \
@@ -206,18 +234,11 @@ INLINE void attend_row(const job_t *job, int64_t seq, int64_t kv_head, int64_t h
     float *q = space, *out = q + group * dim, *scores = out + group * dim;
     float top[MAX_GROUP], total[MAX_GROUP];
     for (int g = 0; g < group; g++) {
-        int64_t at = row * job->q_stride + (head + g) * dim, d = 0;
         top[g] = MASKED, total[g] = 0.0f;
-        for (; d + NR <= dim; d += NR) {
-            vf pair[2];
-            load_as_pair(job->query, at + d, s->activation_dtype, dtype, pair);
-            store_f32(q + g * dim + d, pair[0] * s->scale);
-            store_f32(q + g * dim + d + VL, pair[1] * s->scale);
-        }
-        if (d < dim) store_f32(q + g * dim + d, load_any(job->query, at + d, s->activation_dtype) * s->scale);
-        for (d = 0; d < dim; d += VL) store_f32(out + g * dim + d, splat(0.0f));
+        load_query(q + g * dim, job, row * job->q_stride + (head + g) * dim, dim, dtype);
+        for (int64_t d = 0; d < dim; d += VL) store_f32(out + g * dim + d, splat(0.0f));
     }
-    stream_t stream = {job, seq, kv_head, from / VL * VL, (context_len + VL - 1) / VL * VL,
+    stream_t stream = {job, seq, kv_head, from / VL * VL, round_up(context_len, VL),
                        AHEAD_BYTES / (VL * dim * item_bytes(dtype)) + 1};
     int64_t values = s->block_size * dim * item_bytes(dtype); /* bytes from a group's keys */
     for (int64_t lo = stream.start, hi; lo < stream.end; lo = hi) {
@@ -226,7 +247,8 @@ INLINE void attend_row(const job_t *job, int64_t seq, int64_t kv_head, int64_t h
         for (int g = 0, heads; g < group; g += heads) {
             heads = group - g >= MAX_HEADS ? MAX_HEADS : group - g >= 2 ? 2 : 1;
             for (int64_t i = 0; i < num_groups; i++) {
-                const char *keys = keys_at(&stream, lo + i * VL), *ahead = ahead_of(&stream, lo, hi, i);
+                const char *keys = keys_at(&stream, lo + i * VL);
+                const char *ahead = ahead_of(&stream, lo, hi, i);
 #define SCORE(HEADS) score_group(q + g * dim, HEADS, keys, dim, scores + i * VL, dtype, ahead)
                 WITH_HEADS(SCORE)
             }
@@ -237,8 +259,8 @@ INLINE void attend_row(const job_t *job, int64_t seq, int64_t kv_head, int64_t h
                 soften(own, hi - lo, &top[g + i], &total[g + i], out + (g + i) * dim, dim);
             }
             for (int64_t i = 0; i < num_groups; i++) {
-                const char *ahead = ahead_of(&stream, lo, hi, num_groups + i);
                 const char *rows = keys_at(&stream, lo + i * VL) + values;
+                const char *ahead = ahead_of(&stream, lo, hi, num_groups + i);
                 /* Behind the context may lie anything, NaN too, which 0 * NaN would spread. */
                 int64_t left = context_len - lo - i * VL, count = left < VL ? left : VL;
 #define ADD(HEADS) add_group(out + g * dim, HEADS, scores + i * VL, rows, count, dim, dtype, ahead)
@@ -246,18 +268,9 @@ INLINE void attend_row(const job_t *job, int64_t seq, int64_t kv_head, int64_t h
             }
         }
     }
-    for (int g = 0; g < group; g++) {
-        int64_t at = row * job->o_stride + (head + g) * dim, d = 0;
-        for (; d + NR <= dim; d += NR) {
-            vf pair[2];
-            load_row_f32(out + g * dim + d, pair);
-            unpair(pair, dtype);
-            store_any(job->output, at + d, pair[0] / total[g], s->activation_dtype);
-            store_any(job->output, at + d + VL, pair[1] / total[g], s->activation_dtype);
-        }
-        if (d < dim)
-            store_any(job->output, at + d, load_f32(out + g * dim + d) / total[g], s->activation_dtype);
-    }
+    for (int g = 0; g < group; g++)
+        store_output(job, row * job->o_stride + (head + g) * dim, out + g * dim, total[g], dim,
+                     dtype);
 }
 
 static int64_t num_parts(const attention_t *s) {

@@ -19,8 +19,6 @@ typedef struct {
     int64_t width;  /* head_dim in whole panels */
 } space_t;
 
-static int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 static space_t divide(const attention_t *s, float *floats) {
     space_t space = {.width = round_up(s->head_dim, NR)};
     float **parts[] = {&space.q,      &space.scores, &space.out,  &space.keys,
@@ -29,7 +27,10 @@ static space_t divide(const attention_t *s, float *floats) {
                        QUERIES * space.width,         s->block_size * s->head_dim,
                        s->block_size * space.width,   QUERIES,
                        QUERIES};
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) *parts[i] = floats, floats += sizes[i];
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        *parts[i] = floats;
+        floats += sizes[i];
+    }
     return space;
 }
 
@@ -115,7 +116,8 @@ static void soften(const space_t *space, int64_t lo, int64_t hi, int64_t column)
     for (int r = 0; r < VL; r++) {
         if (factor[r] == 1.0f) continue;
         float *out = space->out + (column + r) * space->width;
-        for (int64_t d = 0; d < space->width; d += VL) store_f32(out + d, load_f32(out + d) * factor[r]);
+        for (int64_t d = 0; d < space->width; d += VL)
+            store_f32(out + d, load_f32(out + d) * factor[r]);
     }
 }
 
@@ -167,7 +169,8 @@ static void attend_rows(const job_t *job, int64_t seq, int64_t head, int64_t lo,
                         float *floats) {
     const attention_t *s = job->shape;
     space_t space = divide(s, floats);
-    int64_t kv_head = head / (s->num_heads / s->num_kv_heads), context = job->batch->context_lens[seq];
+    int64_t kv_head = head / (s->num_heads / s->num_kv_heads);
+    int64_t context = job->batch->context_lens[seq];
     int64_t row = job->batch->cu_seqlens_q[seq + 1] - (context - lo);
     load_queries(job, &space, row, hi - lo, head);
     for (int64_t i = 0; i < QUERIES * space.width; i += VL) store_f32(space.out + i, splat(0.0f));
@@ -190,7 +193,8 @@ static void attend_rows(const job_t *job, int64_t seq, int64_t head, int64_t lo,
     for (int64_t r = 0; r < hi - lo; r++)
         for (int64_t d = 0; d < s->head_dim; d += VL)
             store_any(job->output, (row + r) * job->o_stride + head * s->head_dim + d,
-                      load_f32(space.out + r * space.width + d) / space.total[r], s->activation_dtype);
+                      load_f32(space.out + r * space.width + d) / space.total[r],
+                      s->activation_dtype);
 }
 
 void attend_prefill(const job_t *job, int64_t seq, int64_t part, float *space) {

@@ -55,8 +55,8 @@ EXPORT void pack_linear(const linear_t *linear, void *packed, const void *source
                         int32_t source_dtype, int32_t num_threads);
 
 /* y = x W^T + bias, gated if that is the epilogue, or added to what y holds. x, y are fp32. */
-EXPORT void run_linear(const linear_t *linear, int32_t is_added, const float *x, int64_t x_stride, float *y,
-                       int64_t y_stride, int64_t num_rows, int32_t num_threads);
+EXPORT void run_linear(const linear_t *linear, int32_t is_added, const float *x, int64_t x_stride,
+                       float *y, int64_t y_stride, int64_t num_rows, int32_t num_threads);
 
 /* y = x / rms(x) * weight; all of `dtype` but weight fp32; sums in fp32. With `residual` x is added
  * to it first (in place) and the sum is what is normed. */

@@ -4,7 +4,7 @@
  * step reads half the bytes that an fp32 product would; activations and sums are fp32. Blocking as
  * in Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (ACM TOMS 2008),
  * with the weights packed once at load. */
-#include "kernels.h"
+#include "ops.h"
 #include "scratch.h"
 #include "tile.h"
 
@@ -20,8 +20,6 @@ int64_t panel_width(void) { return NR; }
 static int is_gated(int32_t epilogue) { return epilogue >= SILU_MUL; }
 
 static int64_t num_panels(const linear_t *l) { return (l->out_features + NR - 1) / NR; }
-
-static size_t item_bytes(int32_t dtype) { return dtype == BF16 ? 2 : 4; }
 
 /* The row of the source that column `column` of panel `panel` is; -1 is padding. */
 static int64_t source_row(const linear_t *l, int64_t panel, int column) {
@@ -56,16 +54,6 @@ void pack_linear(const linear_t *l, void *packed, const void *source, int32_t so
         }
     }
 }
-
-INLINE vf silu(vf x) { return x / (1.0f + vexp(-x)); }
-
-/* 0.5 x (1 + tanh(u)) = x / (1 + e^(-2u)) */
-INLINE vf gelu_tanh(vf x) {
-    vf u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-    return x / (1.0f + vexp(-2.0f * u));
-}
-
-INLINE vf gate(vf x, int32_t epilogue) { return epilogue == SILU_MUL ? silu(x) : gelu_tanh(x); }
 
 /* Writes `count` of the numbers in v. */
 INLINE void store_some(float *y, vf v, int64_t count) {
@@ -188,10 +176,8 @@ static void run_block(const linear_t *l, int is_added, const float *x, int64_t x
     }
 }
 
-static int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
-void run_linear(const linear_t *l, int32_t is_added, const float *x, int64_t x_stride, float *y, int64_t y_stride,
-                int64_t num_rows, int32_t num_threads) {
+void run_linear(const linear_t *l, int32_t is_added, const float *x, int64_t x_stride, float *y,
+                int64_t y_stride, int64_t num_rows, int32_t num_threads) {
     if (num_rows == 0) return;
     int64_t panels = is_gated(l->epilogue) ? (l->out_features / 2 + VL - 1) / VL : num_panels(l);
     /* A gate needs the whole sum; and few rows fit the cache however long they are. */
@@ -218,7 +204,8 @@ void run_linear(const linear_t *l, int32_t is_added, const float *x, int64_t x_s
             int64_t row = job / panel_jobs * block, part = job % panel_jobs;
             int64_t rows = num_rows - row < block ? num_rows - row : block;
             run_block(l, is_added, x + row * x_stride, x_stride, y + row * y_stride, y_stride, rows,
-                      panels * part / panel_jobs, panels * (part + 1) / panel_jobs, k, packed, wide);
+                      panels * part / panel_jobs, panels * (part + 1) / panel_jobs, k, packed,
+                      wide);
         }
     }
 }

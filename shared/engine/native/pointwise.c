@@ -1,22 +1,10 @@
 /* What stands between the products of a layer: norms, rotary positions, gates. */
-#include "kernels.h"
-#include "simd.h"
-
 #include <math.h>
+
+#include "ops.h"
 
 /* Below so many numbers starting threads costs more than they save. */
 #define SERIAL_ITEMS (1 << 14)
-
-INLINE vf load_any(const void *p, int64_t i, int32_t dtype) {
-    return dtype == BF16 ? load_bf16((const bf16 *)p + i) : load_f32((const float *)p + i);
-}
-
-INLINE void store_any(void *p, int64_t i, vf v, int32_t dtype) {
-    if (dtype == BF16)
-        store_bf16((bf16 *)p + i, v);
-    else
-        store_f32((float *)p + i, v);
-}
 
 INLINE float get(const void *p, int64_t i, int32_t dtype) {
     return dtype == BF16 ? bf16_to_f32(((const bf16 *)p)[i]) : ((const float *)p)[i];
@@ -116,24 +104,20 @@ INLINE void rope_token(void *heads, const float *cos_sin, int64_t num_heads, int
 void rope(void *x, int64_t x_stride, const float *cos_sin, int64_t num_tokens, int64_t num_heads,
           int64_t head_dim, int64_t rotary_dim, const float *norm_weight, float eps, int32_t dtype,
           int32_t num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (num_tokens * num_heads * head_dim > SERIAL_ITEMS)
+    int is_large = num_tokens * num_heads * head_dim > SERIAL_ITEMS;
+#pragma omp parallel for num_threads(num_threads) if (is_large)
     for (int64_t token = 0; token < num_tokens; token++)
         BY_DTYPE(dtype, rope_token, advance(x, token * x_stride, dtype),
                  cos_sin + token * rotary_dim, num_heads, head_dim, rotary_dim, norm_weight, eps)
 }
 
-INLINE vf act(vf x, int32_t epilogue) {
-    if (epilogue == SILU_MUL) return x / (1.0f + vexp(-x));
-    vf u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-    return x / (1.0f + vexp(-2.0f * u));
-}
-
 INLINE void gate_row(const void *x, void *y, int64_t width, int32_t epilogue, int32_t dtype) {
     int64_t i = 0;
     for (; i + VL <= width; i += VL)
-        store_any(y, i, act(load_any(x, i, dtype), epilogue) * load_any(x, width + i, dtype), dtype);
+        store_any(y, i, gate(load_any(x, i, dtype), epilogue) * load_any(x, width + i, dtype),
+                  dtype);
     for (; i < width; i++) {
-        float g = act(splat(get(x, i, dtype)), epilogue)[0];
+        float g = gate(splat(get(x, i, dtype)), epilogue)[0];
         put(y, i, g * get(x, width + i, dtype), dtype);
     }
 }
