@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=4096, help="tokens of the prefill")
     parser.add_argument("--repeats", type=int, default=5, help="of each; the median counts")
     parser.add_argument("--workload", type=workload_argument, default="64x256x128")
-    parser.add_argument("--rounds", type=int, default=3, help="of Banyan and transformers by turns")
+    parser.add_argument("--rounds", type=int, default=5, help="of Banyan and transformers by turns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write JSON there; - is standard output")
     return parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """Two engine processes side by side against one with all the threads.
 
-    python -m bench.pair --model DIR [--batch 16] [--input 256] [--output 128] [--rounds 3]
+    python -m bench.pair --model DIR [--batch 16] [--input 256] [--output 128] [--rounds 5]
 
 By turns: one process with ``--num-threads`` threads, then two at once with half of them each, each
 with the whole batch. ``ratio`` is the two processes' output tokens a second together over the
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--repeats", type=int, default=2, help="runs within a process")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--num-threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args(argv)
     if args.num_threads < 2:
