@@ -261,7 +261,7 @@ class Dispatcher:
                 self._hooks.on_lost(entry, f"{prefill} did not answer")
         else:
             for entry in entries:
-                if entry.status is EntryStatus.PLACING:
+                if self._is_placing(entry):
                     entry.status = EntryStatus.PLACED
                     self._hooks.on_placed(entry)
 

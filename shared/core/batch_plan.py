@@ -63,6 +63,11 @@ class Chunk(NamedTuple):
         return self.end - self.start == 1 and self.request.num_output_tokens > 0
 
     @property
+    def completes_prompt(self) -> bool:
+        """Whether the prompt has its KV when this is computed, and had not before."""
+        return self.start < self.request.num_prompt_tokens <= self.end
+
+    @property
     def is_due(self) -> bool:
         """Whether the request has neither ended nor been rolled back since this was planned."""
         request = self.request
@@ -278,6 +283,7 @@ class Planner:
                 is_admitted = self._take_blocks(request)
             is_blocked = is_blocked or not is_admitted
             if is_admitted:
+                request.was_admitted = True
                 self._on_admitted(request)
 
     def _on_admitted(self, request: EngineRequest) -> None:
@@ -320,7 +326,6 @@ class Planner:
             return True
         request.num_computed_tokens = num_hits * size
         if not request.was_admitted:
-            request.was_admitted = True
             request.num_cached_tokens = request.num_computed_tokens
         self._table.apply(request, EngineEvent.SCHEDULE)
         return True

@@ -21,7 +21,7 @@ from shared.core.prefix import block_keys, root_key
 from shared.core.request import FinishReason, Request, RequestKey
 from shared.core.request_table import RequestTable
 from shared.core.reservations import Reservations
-from shared.core.siblings import share_prompt
+from shared.core.siblings import heirs, share_prompt
 from shared.core.static_batch import StaticPlanner
 from shared.errors import ContextLengthExceeded, InvalidRequest, LifecycleError, OutOfBlocks
 
@@ -239,10 +239,17 @@ class IterationScheduler:
         return plan
 
     def plan_ahead(self, plan: Plan) -> Plan | None:
-        """``Planner.plan_ahead``, unless somebody who waits might be admitted instead."""
+        """``Planner.plan_ahead``, unless somebody who waits might be admitted or gets blocks."""
         self._in_flight = frozenset()
-        num_waiting = self.count(EngineState.WAITING) + self.count(EngineState.SWAPPED)
-        if num_waiting and self._has_changed:
+        waiting = self._table.in_state(EngineState.WAITING).values()
+        if self._has_changed and (waiting or self.count(EngineState.SWAPPED)):
+            return None
+        # The first token behind a prompt may go into a block that heirs get, and it may be one
+        # whose KV is not finite.
+        if waiting and any(
+            chunk.completes_prompt and heirs(chunk.request, waiting, self.blocks)
+            for chunk in plan.chunks
+        ):
             return None
         return self._planner.plan_ahead(plan)
 
@@ -270,7 +277,7 @@ class IterationScheduler:
             request.num_computed_tokens = end
             if end // size > request.num_registered_blocks and self._enable_prefix_cache:
                 self._register(request)
-            if chunk.start < request.num_prompt_tokens <= end:
+            if chunk.completes_prompt:
                 self._has_changed |= share_prompt(request, waiting.values(), self.blocks)
             if not chunk.is_sampling:
                 continue

@@ -38,20 +38,27 @@ def awaits_sibling(
     )
 
 
+def heirs(
+    parent: EngineRequest, waiting: Iterable[EngineRequest], blocks: BlockManager
+) -> list[EngineRequest]:
+    """Siblings of ``parent`` that wait without blocks."""
+    if parent.request.group_id is None:
+        return []
+    return [
+        child for child in waiting if _are_siblings(parent, child) and not blocks.owns(child.key)
+    ]
+
+
 def share_prompt(
     parent: EngineRequest, waiting: Iterable[EngineRequest], blocks: BlockManager
 ) -> bool:
-    """Give siblings that wait without blocks those of ``parent``, whose prompt is computed.
+    """Give its ``heirs`` the blocks of ``parent``, whose prompt is computed.
 
     Takes no free block. They share the output of earlier attempts too, as far as it is the same;
     one token at least is left to compute. Returns whether anybody got any.
     """
-    if parent.request.group_id is None:
-        return False
     has_shared = False
-    for child in waiting:
-        if not _are_siblings(parent, child) or blocks.owns(child.key):
-            continue
+    for child in heirs(parent, waiting, blocks):
         common = _num_common_tokens(parent, child)
         if common == 0:
             continue

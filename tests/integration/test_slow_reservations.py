@@ -15,6 +15,7 @@ from shared.messages import subjects
 from shared.messages.base import Message
 from shared.messages.load import InstanceState, WorkerReport
 from shared.messages.requests import (
+    AttemptPlaced,
     CloseRequest,
     Done,
     LeaderChanged,
@@ -48,6 +49,7 @@ class Worker:
         self.role = role
         self.instance = instance
         self.answers = asyncio.Event()
+        """Whether it answers commands to reserve and to start."""
         self.answers.set()
         self.reserved: list[str] = []
         self.started: list[tuple[str, str]] = []
@@ -89,6 +91,7 @@ class Worker:
                 for item in items:
                     assert item.target is not None
                     await self._note(self.started, (item.request.request_id, item.target.instance))
+                await self.answers.wait()
                 if self.is_instant:
                     for item in items:
                         await self.finish_prefill(item.request.request_id)
@@ -145,6 +148,8 @@ class Rig:
         self.quick = Worker(bus, "decode", "d1", self.changed)
         self.silent = Worker(bus, "decode", "d2", self.changed)
         self.silent.answers.clear()
+        self.placed: list[str] = []
+        """What the gateway was told of."""
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(20), self.changed:
@@ -160,6 +165,10 @@ class Rig:
             )
             message = SubmitRequest(model=MODEL, gateway="gate-1", request=request)
             await self.bus.request(subjects.requests(MODEL), message, SubmitReply, timeout_s=10)
+
+    async def close(self, name: str) -> None:
+        message = CloseRequest(model=MODEL, request_id=name, attempt=0, outcome="cancelled")
+        await self.bus.request(subjects.requests(MODEL), message, Done, timeout_s=10)
 
     async def start_a_batch_of_four(self) -> None:
         """``first`` has the slot until all four have come; every other one goes to each decode."""
@@ -183,7 +192,14 @@ async def running(world: World, **settings: float) -> AsyncIterator[Rig]:
         if isinstance(message, LeaderChanged):
             is_led.set()
 
+    async def hear_hint(message: Message, subject: str) -> None:
+        async with rig.changed:
+            if isinstance(message, AttemptPlaced):
+                rig.placed.append(message.request_id)
+            rig.changed.notify_all()
+
     await rig.bus.subscribe(subjects.leader_events(), hear)
+    await rig.bus.subscribe(subjects.gateway_events("gate-1"), hear_hint)
     made = SchedulerSettings.load(
         instance="sched-1",
         served_model_name=MODEL,
@@ -246,9 +262,26 @@ async def test_who_is_withdrawn_meanwhile_is_not_started(tmp_path: Path) -> None
     ):
         await rig.start_a_batch_of_four()
         await rig.until(lambda: rig.times_started.total() == 3)
-        close = CloseRequest(model=MODEL, request_id="a", attempt=0, outcome="cancelled")
-        await rig.bus.request(subjects.requests(MODEL), close, Done, timeout_s=10)
+        await rig.close("a")
         await rig.until(lambda: rig.silent.aborted == ["a"])
         rig.silent.answers.set()
         await rig.until(lambda: ("c", "d2") in rig.prefill.started)
         assert "a" not in rig.times_started
+
+
+async def test_who_is_withdrawn_while_it_is_started_is_not_reported_as_placed(
+    tmp_path: Path,
+) -> None:
+    async with (
+        open_world("memory", tmp_path) as world,
+        running(world, command_timeout_s=60) as rig,
+    ):
+        rig.silent.answers.set()
+        rig.prefill.answers.clear()
+        await rig.submit("goes")
+        await rig.until(lambda: "goes" in rig.times_started)
+        await rig.close("goes")
+        rig.prefill.answers.set()
+        await rig.submit("stays")
+        await rig.until(lambda: "stays" in rig.placed)
+        assert rig.placed == ["stays"]

@@ -46,7 +46,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 2e-6) -> N
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 15, 16, 61, 260])
-@pytest.mark.parametrize("shape", [(64, 48), (70, 33), (8, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 48), (70, 33), (8, 130), (70, 2051)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_product(
     library: NativeLibrary, num_rows: int, shape: tuple[int, int], dtype: torch.dtype
@@ -172,6 +172,93 @@ def test_attention(
     # The kernels see the new tokens as the cache has rounded them.
     tolerance = 2e-6 if cache == "fp32" else 5e-3
     assert_close(outputs[1], outputs[0], tolerance)
+
+
+def _dense_attention(
+    query: Tensor, cache: Tensor, table: list[int], context_len: int, window: int | None
+) -> Tensor:
+    """In fp64, for rows ``[num_rows, num_heads, head_dim]`` at the end of a request's context."""
+    num_rows, num_heads, head_dim = query.shape
+    group = num_heads // cache.shape[1]
+    blocks = cache[table].double().permute(2, 1, 0, 3, 4)  # keys and values, by KV head
+    keys, values = blocks.reshape(2, cache.shape[1], -1, head_dim)[:, :, :context_len]
+    keys, values = (x.repeat_interleave(group, dim=0) for x in (keys, values))
+    scores = query.double().transpose(0, 1) @ keys.transpose(1, 2) * 0.3
+    distance = torch.arange(context_len - num_rows, context_len)[:, None] - torch.arange(
+        context_len
+    )
+    is_hidden = (distance < 0) | (distance >= (window or context_len))
+    weights = scores.masked_fill(is_hidden, -torch.inf).softmax(dim=-1)
+    output: Tensor = (weights @ values).transpose(0, 1)
+    return output
+
+
+# (heads that share a KV head, vectors in a head): odd numbers of both are what is left over.
+EDGE_HEADS = [(1, 1), (3, 3), (5, 1), (6, 2), (7, 3), (8, 7), (9, 3)]
+
+
+@pytest.mark.parametrize(
+    ("cache", "activations"),
+    [
+        ("fp32", torch.float32),
+        ("bf16", torch.float32),
+        ("bf16", torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("block_size", "window"), [(32, None), (32, 37), (64, None), (64, 1)])
+def test_attention_at_the_edges(
+    library: NativeLibrary,
+    cache: str,
+    activations: torch.dtype,
+    block_size: int,
+    window: int | None,
+) -> None:
+    """Contexts that end about where blocks, vectors and what is kept at a time end.
+
+    Whatever is not a token of the request is no number; that must neither be seen nor written.
+    """
+    lens = [(1, context_len) for context_len in (1, 15, 16, 17, 33, 64, 65, 512, 513)]
+    if activations is torch.float32:  # else prefills are torch's
+        lens += [(2, 2), (63, 64), (65, 65), (33, 96), (70, 200)]
+    tables: list[list[int]] = []
+    past: list[int] = []
+    slots: list[int] = []
+    cu_seqlens_q, num_blocks = [0], 1
+    for query_len, context_len in lens:
+        tables.append([*range(num_blocks, num_blocks - (-context_len // block_size))])
+        first = num_blocks * block_size
+        past += range(first, first + context_len - query_len)
+        slots += range(first + context_len - query_len, first + context_len)
+        num_blocks += len(tables[-1])
+        cu_seqlens_q.append(len(slots))
+    blocks, offsets = torch.tensor(past) // block_size, torch.tensor(past) % block_size
+    for group, num_vectors in EDGE_HEADS:
+        head_dim = num_vectors * library.vector_width
+        kv = LayerKV(num_kv_heads=2, head_dim=head_dim)
+        pool = KVPool(KVLayout(layers=(kv,), block_size=block_size, dtype=cache), num_blocks, CPU)
+        tensor = pool.layers[0].tensor
+        tensor.fill_(torch.nan)
+        old = torch.randn(len(past), 2, 2, head_dim).to(tensor.dtype)
+        tensor.permute(0, 3, 1, 2, 4)[blocks, offsets] = old
+        query = torch.randn(len(slots), 2 * group, head_dim).to(activations)
+        key, value = torch.randn(2, len(slots), 2, head_dim).to(activations)
+        backend = NativeAttention(library, pool, (window,), activations)
+        batch = AttentionBatch(
+            positions=torch.tensor(slots),  # not looked at
+            slot_mapping=torch.tensor(slots),
+            cu_seqlens_q=cu_seqlens_q,
+            context_lens=[context_len for _, context_len in lens],
+            block_tables=tables,
+            backend=backend,
+        )
+        output = backend.forward(0, query, key, value, scaling=0.3, batch=batch)
+        assert torch.equal(tensor.permute(0, 3, 1, 2, 4)[blocks, offsets], old)
+        assert int(tensor.isfinite().sum()) == old.numel() + 2 * key.numel()
+        for index, (table, (_, context_len)) in enumerate(zip(tables, lens, strict=True)):
+            rows = slice(cu_seqlens_q[index], cu_seqlens_q[index + 1])
+            expected = _dense_attention(query[rows], tensor, table, context_len, window)
+            assert_close(output[rows], expected, TOLERANCE[activations])
 
 
 def test_what_the_kernels_cannot_do_is_left_to_torch(library: NativeLibrary) -> None:

@@ -106,6 +106,21 @@ def test_there_is_none_where_tokens_or_others_matter() -> None:
     assert scheduler.plan_ahead(plan) is None
 
 
+def test_nothing_is_written_behind_a_prompt_that_siblings_are_to_share() -> None:
+    scheduler = _scheduler()
+    parent = replace(_request("a"), group_id="call")
+    scheduler.add(parent)
+    scheduler.add(replace(parent, request_id="b"))
+    plan = scheduler.plan()
+    assert _shape(plan) == [("a", 0, 6)]
+    # The token to come would go into the block that has the end of the prompt.
+    assert scheduler.plan_ahead(plan) is None
+    _commit(scheduler, plan)
+    plan = scheduler.plan()
+    assert _shape(plan) == [("a", 6, 7), ("b", 5, 6)]
+    assert _shape(_ahead(scheduler, plan)) == [("a", 7, 8), ("b", 6, 7)]
+
+
 @pytest.mark.parametrize("what", ["arrival", "release", "blocks"])
 def test_one_who_waits_is_looked_at_again_when_something_has_changed(what: str) -> None:
     scheduler = _scheduler(num_blocks=8)

@@ -111,6 +111,19 @@ def test_the_others_wait_for_the_first_and_compute_the_last_token_only() -> None
     assert scheduler.blocks.num_free_blocks == 32
 
 
+def test_what_was_shared_at_first_still_counts_when_its_blocks_are_lost() -> None:
+    scheduler = _scheduler(num_blocks=8, max_num_batched_tokens=16)
+    scheduler.add(_request("a", max_tokens=22))
+    scheduler.add(_request("b", max_tokens=22))
+    while scheduler.num_preemptions == 0:
+        _step(scheduler)
+    while scheduler.state_of(_key("b")) is not EngineState.RUNNING:
+        _step(scheduler)
+    request = scheduler.get(_key("b"))
+    assert request is not None
+    assert (request.num_preemptions, request.num_cached_tokens) == (1, 9)
+
+
 def test_who_is_no_sibling_waits_for_nobody() -> None:
     scheduler = _scheduler(max_num_batched_tokens=64)
     scheduler.add(_request("a"))
