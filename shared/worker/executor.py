@@ -182,7 +182,7 @@ class Executor:
             task = asyncio.create_task(self._join(attempts, fetching), name="join the engine")
             self._joining.add(task)
             task.add_done_callback(self._joining.discard)
-            task.add_done_callback(_raise_unexpected)
+            task.add_done_callback(_log_unexpected)
         return len(started)
 
     def abort(self, keys: Iterable[RequestKey]) -> int:
@@ -426,14 +426,14 @@ class Executor:
     def _spawn(self, attempt: Attempt, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work, name=f"attempt {attempt.key}")
         self._work[attempt.key].tasks.append(task)
-        task.add_done_callback(_raise_unexpected)
+        task.add_done_callback(_log_unexpected)
         return task
 
     def _event(self, message: AttemptEnded | PrefillFinished | TransferFinished) -> None:
         self._publish(subjects.request_events(message.request_id), message)
 
 
-def _raise_unexpected(task: asyncio.Task[Any]) -> None:
+def _log_unexpected(task: asyncio.Task[Any]) -> None:
     """An error that nobody foresaw is a bug: have it logged with its traceback."""
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("an attempt failed unexpectedly", exc_info=error)
