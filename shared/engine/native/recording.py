@@ -92,7 +92,7 @@ class _Program:
             prefills=None,
             num_threads=self.num_threads,
         )
-        self._recorder = Recorder()
+        self._recorder: Recorder | None = None  # owns what is between the calls
         self._calls: ctypes.Array[_Call] | None = None
 
     def run(self, hidden: Tensor, batch: AttentionBatch) -> Tensor:
@@ -113,17 +113,18 @@ class _Program:
 
     def _record(self, hidden: Tensor, cos_sin: Tensor, batch: AttentionBatch) -> None:
         state, batch.state = batch.state, replace(self._batch, seqs=self._batch.seqs[: len(hidden)])
-        self._library.recording = self._recorder
+        recorder = self._library.recording = Recorder()
         try:
             for layer in self._segment.layers:
-                self._recorder.rewind()
+                recorder.rewind()
                 output = layer(hidden, batch, cos_sin)
                 if output.data_ptr() != hidden.data_ptr():
                     raise RuntimeError("a layer that does not work in place cannot be recorded")
         finally:
             self._library.recording = None
             batch.state = state
-        self._calls = (_Call * len(self._recorder.calls))(*self._recorder.calls)
+        self._recorder = recorder
+        self._calls = (_Call * len(recorder.calls))(*recorder.calls)
 
 
 class RecordedLayers:
