@@ -223,6 +223,14 @@ def profile(
     dtype: Annotated[
         Literal["auto", "bf16", "fp32"], _option("dtype", _MODEL, "Type of weights and KV.")
     ] = "auto",
+    quantization: Annotated[
+        Literal["int8", "int4"] | None,
+        _option("quantization", _MODEL, "Weights of fewer bits; needs the extra 'quant'."),
+    ] = None,
+    kv_cache_dtype: Annotated[
+        Literal["auto", "int8", "fp8"],
+        _option("kv-cache-dtype", _MODEL, "Eight bits a number of the KV cache, or like --dtype."),
+    ] = "auto",
     device: Annotated[
         Literal["auto", "cpu", "cuda"], _option("device", _MACHINE, "Where to compute.")
     ] = "auto",
@@ -246,6 +254,8 @@ def profile(
     request = ProfileRequest(
         model=resolve_model(model),
         dtype=dtype,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         device=device,
         num_threads=num_threads,
         budget_s=budget_s,

@@ -27,6 +27,8 @@ class ProfileRequest:
 
     model: Model
     dtype: str
+    quantization: str | None
+    kv_cache_dtype: str
     device: str
     num_threads: int | None
     budget_s: float
@@ -104,6 +106,8 @@ def _measure(request: ProfileRequest, errors: TextIO) -> "Profile":
         config = EngineConfig(
             model_path=str(request.model.directory),
             dtype=request.dtype,
+            quantization=request.quantization,
+            kv_cache_dtype=request.kv_cache_dtype,
             device=request.device,
             num_threads=request.num_threads,
         )

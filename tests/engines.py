@@ -12,6 +12,7 @@ from shared.engine.build import build_engine
 from shared.engine.config import EngineConfig
 from shared.engine.engine import Engine
 from shared.engine.outputs import KVSink, RequestOutput
+from shared.engine.runner import MaskSource
 from tests.models import VOCAB_SIZE
 
 MAX_EXCUSED_GAP = 1e-4
@@ -28,6 +29,7 @@ def make_engine(
     *,
     kv_sink: KVSink | None = None,
     is_pipelined: bool | None = None,
+    mask_source: MaskSource | None = None,
     **settings: Any,
 ) -> Engine:
     """An fp32 engine with small blocks and small batches, unless ``settings`` say otherwise."""
@@ -40,7 +42,7 @@ def make_engine(
         "max_num_batched_tokens": 16,
     }
     config = EngineConfig(model_path=str(path), **(defaults | settings))
-    return build_engine(config, kv_sink=kv_sink, is_pipelined=is_pipelined)
+    return build_engine(config, kv_sink=kv_sink, is_pipelined=is_pipelined, mask_source=mask_source)
 
 
 def make_request(

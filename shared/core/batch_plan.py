@@ -69,9 +69,17 @@ class Chunk(NamedTuple):
 
     @property
     def is_due(self) -> bool:
-        """Whether the request has neither ended nor been rolled back since this was planned."""
+        """Whether the request is still where it was, or expected to be, when this was planned.
+
+        Not if it has ended or been rolled back since, nor if it got several tokens where one was
+        reckoned with: then the token that this samples is known.
+        """
         request = self.request
-        return request.state is EngineState.RUNNING and self.start == request.num_computed_tokens
+        return (
+            request.state is EngineState.RUNNING
+            and self.start == request.num_computed_tokens
+            and (not self.is_sampling or self.end == len(request.token_ids))
+        )
 
     @property
     def is_last(self) -> bool:

@@ -77,6 +77,7 @@ class IterationScheduler:
         self._swap = swap
         self.reservations = Reservations(blocks)
         self._table = RequestTable()
+        self._waiting = self._table.in_state(EngineState.WAITING)
         make_planner = StaticPlanner if batching == "static" else Planner
         self._planner = make_planner(
             self._table,
@@ -241,7 +242,7 @@ class IterationScheduler:
     def plan_ahead(self, plan: Plan) -> Plan | None:
         """``Planner.plan_ahead``, unless somebody who waits might be admitted or gets blocks."""
         self._in_flight = frozenset()
-        waiting = self._table.in_state(EngineState.WAITING).values()
+        waiting = self._waiting.values()
         if self._has_changed and (waiting or self.count(EngineState.SWAPPED)):
             return None
         # The first token behind a prompt may go into a block that heirs get, and it may be one
@@ -260,14 +261,14 @@ class IterationScheduler:
     def commit(self, plan: Plan, sampled: Mapping[RequestKey, Sequence[int]]) -> list[Committed]:
         """Book a computed plan and the tokens sampled, 0..k a request.
 
-        Tokens behind one that ends the request are dropped. Requests that ended or were rolled back
-        since the plan are passed over. Finished ones free their blocks here, unless they are in
-        flight once more.
+        Tokens behind one that ends the request are dropped. Requests that ended, were rolled back
+        or got several tokens since the plan are passed over (``Chunk.is_due``). Finished ones free
+        their blocks here, unless they are in flight once more.
         """
-        size, waiting = self.blocks.block_size, self._table.in_state(EngineState.WAITING)
+        size, waiting = self.blocks.block_size, self._waiting
         committed = []
         for chunk in plan.chunks:
-            request, end = chunk.request, chunk.end
+            request, start, end, is_sampling, _ = chunk
             if not chunk.is_due:
                 if request not in self._in_flight and self.blocks.owns(request):
                     self.blocks.free(request)
@@ -277,9 +278,9 @@ class IterationScheduler:
             request.num_computed_tokens = end
             if end // size > request.num_registered_blocks and self._enable_prefix_cache:
                 self._register(request)
-            if chunk.completes_prompt:
+            if start < request.num_prompt_tokens <= end:
                 self._has_changed |= share_prompt(request, waiting.values(), self.blocks)
-            if not chunk.is_sampling:
+            if not is_sampling:
                 continue
             request.is_exporting = False
             if tokens := sampled.get(request.key):

@@ -55,13 +55,13 @@ def work_of(chunks: Iterable[Chunk]) -> StepWork:
     """The work of a planned batch; to be asked before it is committed."""
     ranges = []
     num_sampled_chunks = num_decode = decode_context_tokens = 0
-    for chunk in chunks:
-        if chunk.is_decode:
+    for request, start, end, is_sampling, _ in chunks:
+        if end - start == 1 and len(request.token_ids) > request.num_prompt_tokens:
             num_decode += 1
-            decode_context_tokens += chunk.end
+            decode_context_tokens += end
         else:
-            ranges.append((chunk.start, chunk.end))
-            num_sampled_chunks += chunk.is_sampling
+            ranges.append((start, end))
+            num_sampled_chunks += is_sampling
     return StepWork(
         chunks=tuple(ranges),
         num_sampled_chunks=num_sampled_chunks,

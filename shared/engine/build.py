@@ -9,6 +9,7 @@ from shared.engine.config import EngineConfig
 from shared.engine.engine import Engine
 from shared.engine.model import load_model
 from shared.engine.outputs import KVSink
+from shared.engine.runner import MaskSource
 from shared.kvcache.host_pool import HostPool
 from shared.kvcache.pool import KVPool
 from shared.kvcache.sizing import resolve_pool_size
@@ -21,6 +22,7 @@ def build_engine(
     order: OrderKey = first_come_first_served,
     preemption_cost: PreemptionCost | None = None,
     is_pipelined: bool | None = None,
+    mask_source: MaskSource | None = None,
     on_progress: Callable[[str, float], None] = lambda what, fraction: None,
 ) -> Engine:
     """Load the model and make an engine for it; ``on_progress(what, fraction)`` says how far it is.
@@ -58,6 +60,7 @@ def build_engine(
         host_pool=HostPool(pool, size.num_swap_blocks) if size.num_swap_blocks else None,
         preemption_cost=preemption_cost,
         is_pipelined=is_pipelined,
+        mask_source=mask_source,
     )
     on_progress("ready", 1.0)
     return engine

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.core.device_group import DeviceGroup
 from shared.engine import probe
 from shared.engine.attention import AttentionBackend, AttentionBatch
 from shared.engine.experts import ExpertLoad
@@ -27,7 +28,7 @@ class ModelChain:
 
     Tokens of all requests are flattened into one dimension. Every method runs without gradients
     and changes nothing but the KV cache behind ``batch.backend`` and the counts in
-    ``expert_load``.
+    ``expert_load``. A run of layers on a device group is a stage; this one's ``group`` has size 1.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class ModelChain:
     ) -> None:
         self.spec = spec
         self.device = device
+        self.group = DeviceGroup((str(device),))
         self.expert_load = ExpertLoad(parts.layers, device)
         self.kernels = kernels
         self._parts = parts

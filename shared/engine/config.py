@@ -29,6 +29,9 @@ class EngineConfig:
     ``quantization`` (``int8`` or ``int4``) is that of the weights, done by torchao when the model
     is loaded; ``int4`` computes in bf16 only, which ``auto`` then means. ``kv_cache_dtype``
     ``int8`` or ``fp8`` stores keys and values in eight bits with scales; ``auto`` is ``dtype``.
+
+    ``tp`` is the size of the ``DeviceGroup`` that every layer is split over: 1, for nothing but a
+    group's arithmetic is there yet.
     """
 
     model_path: str
@@ -48,6 +51,7 @@ class EngineConfig:
     migration_reserve: float = 0.0
     quantization: str | None = None
     kv_cache_dtype: str = "auto"
+    tp: int = 1
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -66,6 +70,7 @@ class EngineConfig:
         for key in ("max_model_len", "num_blocks", "kv_cache_bytes", "num_threads"):
             value = getattr(self, key)
             _require(value is None or value >= 1, key, value, "at least 1")
+        _require(self.tp == 1, "tp", self.tp, "1, as layers are not split over several devices yet")
         fraction = self.memory_fraction
         _require(
             fraction is None or 0.0 < fraction <= 1.0, "memory_fraction", fraction, "in (0, 1]"

@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 from shared.core.batch_plan import IterationLimits, OrderKey, Plan, first_come_first_served
 from shared.core.block_manager import BlockManager
 from shared.core.engine_request import EngineState
-from shared.core.iteration import Committed, IterationScheduler
+from shared.core.iteration import IterationScheduler
 from shared.core.preemption import PreemptionCost, PreemptionKind, SwapSpace
 from shared.core.request import Request, RequestKey
 from shared.core.step_work import StepWork, work_of
 from shared.engine.attention import AttentionBackend
 from shared.engine.chain import ModelChain
 from shared.engine.config import EngineConfig
-from shared.engine.flight import Iteration, Sampled
+from shared.engine.flight import Iteration
 from shared.engine.outputs import EngineStats, KVSink, RequestOutput, Reservation, StepOutput
-from shared.engine.runner import ModelRunner
+from shared.engine.runner import MaskSource, ModelRunner
 from shared.engine.spec import ModelSpec
 from shared.errors import EngineError, InvalidRequest
 from shared.kvcache.host_pool import HostPool
@@ -48,7 +48,8 @@ class Engine:
     When it ``is_pipelined`` (by default on a GPU), a decode is launched before the tokens of the
     iteration before it have come to the host: the device does not wait for the host's bookkeeping.
     A request that ends has then been computed once more in vain, and one that waits is admitted
-    an iteration later than it could be.
+    an iteration later than it could be. With a ``mask_source``, which restricts the tokens that
+    requests may get and must know those before, it is not pipelined.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Engine:
         host_pool: HostPool | None = None,
         preemption_cost: PreemptionCost | None = None,
         is_pipelined: bool | None = None,
+        mask_source: MaskSource | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec: ModelSpec = chain.spec
@@ -71,6 +73,7 @@ class Engine:
         self.pool = pool
         self._host_pool = host_pool
         self.device = chain.device
+        self.group = chain.group
         self.max_model_len = min(
             config.max_model_len or self.spec.max_model_len,
             self.spec.max_model_len,
@@ -96,8 +99,12 @@ class Engine:
             batching=config.batching,
             swap=self._swap,
         )
-        self._runner = ModelRunner(chain, pool, backend or chain.attention(pool))
-        self._is_pipelined = is_pipelined if is_pipelined is not None else pool.device.type != "cpu"
+        self._runner = ModelRunner(
+            chain, pool, backend or chain.attention(pool), mask_source=mask_source
+        )
+        if is_pipelined is None:
+            is_pipelined = pool.device.type != "cpu"
+        self._is_pipelined = is_pipelined and mask_source is None
         self._ahead: Iteration | None = None
         self._finished_s = 0.0
         self._step = 0
@@ -292,10 +299,20 @@ class Engine:
         committed = self._scheduler.commit(
             plan, {key: result.token_ids for key, result in results.items()}
         )
-        for item in committed:
-            outputs.append(_output(item, results[item.request.key]))
-            if item.offset == len(item.request.request.output_token_ids):
-                self._total_cached_tokens += item.request.num_cached_tokens
+        for request, offset, token_ids, finish_reason in committed:
+            logprobs = results[request.key].logprobs[: len(token_ids)]
+            outputs.append(
+                RequestOutput(
+                    request.key,
+                    offset,
+                    token_ids,
+                    logprobs,
+                    finish_reason,
+                    num_cached_tokens=request.num_cached_tokens,
+                )
+            )
+            if offset == len(request.request.output_token_ids):
+                self._total_cached_tokens += request.num_cached_tokens
         # What was launched early began when the iteration before it was done.
         started_s = max(iteration.started_s, self._finished_s)
         self._finished_s = time.perf_counter()
@@ -430,14 +447,3 @@ class Engine:
             raise InvalidRequest(
                 f"token ids must be in [0, {self.spec.vocab_size})", field="prompt"
             )
-
-
-def _output(item: Committed, result: Sampled) -> RequestOutput:
-    return RequestOutput(
-        key=item.request.key,
-        offset=item.offset,
-        token_ids=item.token_ids,
-        logprobs=result.logprobs[: len(item.token_ids)],
-        finish_reason=item.finish_reason,
-        num_cached_tokens=item.request.num_cached_tokens,
-    )

@@ -40,6 +40,17 @@ def facts_of(spec: ModelSpec, path: Path) -> ModelFacts:
     )
 
 
+def profile_fingerprint(spec: ModelSpec) -> str:
+    """What a profile of a model is known by: its content, and how its KV is stored.
+
+    The model's own fingerprint, with the type of the KV behind it where that has scales: int8 and
+    fp8 take the same bytes, but not the same time.
+    """
+    if spec.kv_cache_dtype is None:
+        return spec.fingerprint
+    return f"{spec.fingerprint}/{spec.kv_cache_dtype}"
+
+
 def hardware_of(device: torch.device) -> str:
     """The name of the processor that ``device`` is."""
     if device.type == "cuda":

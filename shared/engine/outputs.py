@@ -1,7 +1,7 @@
 """What an engine gives back: tokens, statistics, exported KV."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -30,8 +30,7 @@ class RequestOutput(NamedTuple):
     num_cached_tokens: int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineStats:
+class EngineStats(NamedTuple):
     """State of an engine after a step; the ``total_`` fields count since its start.
 
     ``total_preemptions`` counts those of both kinds, swapped or to be recomputed. The pad tokens
@@ -60,7 +59,7 @@ class EngineStats:
     total_swapped_in_bytes: int = 0
     total_prefill_pad_tokens: int = 0
     total_decode_pad_tokens: int = 0
-    work: StepWork = field(default_factory=StepWork)
+    work: StepWork = StepWork()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

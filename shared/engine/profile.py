@@ -17,7 +17,7 @@ from shared.core.step_work import StepWork
 from shared.engine.build import build_engine
 from shared.engine.config import EngineConfig
 from shared.engine.engine import Engine
-from shared.engine.facts import facts_of, hardware_of
+from shared.engine.facts import facts_of, hardware_of, profile_fingerprint
 from shared.engine.profile_grid import GridLimits, StepKind, StepShape, fits, make_grid
 from shared.errors import EngineError
 
@@ -151,7 +151,7 @@ def run_profile(
         device=str(engine.device),
         num_threads=torch.get_num_threads(),
         dtype=engine.spec.dtype,
-        fingerprint=engine.spec.fingerprint,
+        fingerprint=profile_fingerprint(engine.spec),
     )
     return Profile(
         model=model,

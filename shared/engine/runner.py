@@ -1,6 +1,6 @@
 """Launches planned batches: chunks in, sampled tokens and exported KV out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,17 +18,34 @@ from shared.engine.select import make_layer_runner
 from shared.errors import EngineError
 from shared.kvcache.pool import KVPool
 
+MaskSource = Callable[[Sequence[Chunk]], Tensor | None]
+"""Says which tokens may come behind chunks that sample: ``True`` where one is allowed.
+
+A bool tensor ``[num_chunks, vocab_size]`` on the host or the engine's device, or ``None`` where
+all are. Asked once for each batch, with all tokens so far in ``chunk.request.token_ids``. If it
+raises, it is asked for each request alone, and the ones for which it raises again fail.
+"""
+
 
 class ModelRunner:
     """Executes chunks of requests on a chain of layers. Knows nothing of queues.
 
-    Nothing here waits for the device, but for the KV that is exported.
+    Nothing here waits for the device, but for the KV that is exported. ``launch_behind`` is not for
+    runners with a ``mask_source``, which has to see the tokens.
     """
 
-    def __init__(self, chain: ModelChain, pool: KVPool, backend: AttentionBackend) -> None:
+    def __init__(
+        self,
+        chain: ModelChain,
+        pool: KVPool,
+        backend: AttentionBackend,
+        *,
+        mask_source: MaskSource | None = None,
+    ) -> None:
         self._chain = chain
         self._pool = pool
         self._backend = backend
+        self._mask_source = mask_source
         self._run_layers = make_layer_runner(chain, backend)
 
     def launch(self, chunks: Sequence[Chunk], kv_sink: KVSink | None) -> Flight:
@@ -105,6 +122,10 @@ class ModelRunner:
                     errors[chunk.key] = f"the KV sink failed: {type(exc).__name__}: {exc}"
                 exported.add((chunk.key, layer))
 
+        sampling = [i for i, chunk in enumerate(chunks) if chunk.is_sampling]
+        chosen = [chunks[i] for i in sampling]
+        # Before the layers run: behind them the caches hold weights, and the host is slower.
+        rows = [self._sampling_row(chunk) for chunk in chosen]
         token_ids, batch = self._prepare(chunks, token_ids)
         hidden = self._chain.embed(token_ids, batch.positions)
         hidden = self._run_layers(
@@ -114,15 +135,13 @@ class ModelRunner:
             batch,
             on_layer=export if exporting and kv_sink is not None else None,
         )
-        sampling = [i for i, chunk in enumerate(chunks) if chunk.is_sampling]
         if not sampling:
             return None
-        if len(sampling) < len(hidden):
+        if len(sampling) < batch.cu_seqlens_q[-1]:
             last_rows = torch.tensor([batch.cu_seqlens_q[i + 1] - 1 for i in sampling])
             hidden = hidden[to_device(last_rows, hidden.device)]
-        chosen = [chunks[i] for i in sampling]
-        rows = [self._sampling_row(chunk) for chunk in chosen]
-        sampled = sample_on_device(self._chain.head(hidden), rows)
+        logits = self._chain.head(hidden)
+        sampled = sample_on_device(logits, rows, mask=self._mask(chosen, logits))
         return Part(chosen, sampled.token_ids, HostCopy(sampled))
 
     def _prepare(
@@ -146,8 +165,14 @@ class ModelRunner:
                     for position in range(start, end)
                 ]
             cu_seqlens_q.append(len(positions))
-        columns = [slots, positions] if token_ids is not None else [slots, positions, tokens]
-        on_device = to_device(torch.from_numpy(np.array(columns)), self._chain.device)
+        columns = np.array(
+            [slots, positions] if token_ids is not None else [slots, positions, tokens]
+        )
+        on_device: Sequence[Tensor]
+        if self._chain.device.type == "cpu":  # cheaper than to take one tensor apart
+            on_device = [torch.from_numpy(column) for column in columns]
+        else:
+            on_device = to_device(torch.from_numpy(columns), self._chain.device).unbind()
         batch = AttentionBatch(
             positions=on_device[1],
             slot_mapping=on_device[0],
@@ -173,13 +198,20 @@ class ModelRunner:
             )
         )
 
+    def _mask(self, chunks: Sequence[Chunk], logits: Tensor) -> Tensor | None:
+        mask = None if self._mask_source is None else self._mask_source(chunks)
+        if mask is None:
+            return None
+        if mask.shape != logits.shape or mask.dtype is not torch.bool:
+            raise ValueError(
+                f"a mask of {mask.dtype} {list(mask.shape)} for logits {list(logits.shape)}"
+            )
+        return mask if mask.device == logits.device else to_device(mask, logits.device)
+
     def _sampling_row(self, chunk: Chunk) -> SamplingRow:
         request = chunk.request
         params = request.request.sampling
-        return SamplingRow(
-            params=params,
-            # Counted from the chunk: the token before it may not have arrived yet.
-            position=chunk.end - len(request.request.prompt_token_ids),
-            eos_token_ids=self._chain.spec.eos_token_ids,
-            token_counts=request.count_tokens() if params.has_penalties else None,
-        )
+        # Counted from the chunk: the token before it may not have arrived yet.
+        position = chunk.end - request.num_prompt_tokens
+        token_counts = request.count_tokens() if params.has_penalties else None
+        return SamplingRow(params, position, self._chain.spec.eos_token_ids, token_counts)

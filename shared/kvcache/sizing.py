@@ -10,7 +10,8 @@ from shared.errors import OutOfMemory
 from shared.kvcache.layout import KVLayout
 
 DEFAULT_FRACTION = {"cuda": 0.9, "cpu": 0.3}
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUP = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,9 +28,41 @@ def device_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if CGROUP_LIMIT.is_file() and (limit := CGROUP_LIMIT.read_text().strip()).isdigit():
-        total = min(total, int(limit))
-    return total
+    limit_bytes = _cgroup_limit_bytes(CGROUP)
+    return total if limit_bytes is None else min(total, limit_bytes)
+
+
+def available_host_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:
+    """Memory of the host that can be had now without swapping, or what its container has left.
+
+    Pages of files that the kernel would drop count as available. ``None`` where the system (macOS)
+    does not say.
+    """
+    if not meminfo.is_file():
+        return None
+    available = _numbers(meminfo).get("MemAvailable:")
+    if available is None:
+        return None
+    available *= 1024
+    limit_bytes, current = _cgroup_limit_bytes(cgroup), cgroup / "memory.current"
+    if limit_bytes is not None and current.is_file():
+        stat = cgroup / "memory.stat"
+        cached_bytes = _numbers(stat).get("inactive_file", 0) if stat.is_file() else 0
+        used_bytes = int(current.read_text()) - cached_bytes
+        available = min(available, max(0, limit_bytes - used_bytes))
+    return available
+
+
+def _cgroup_limit_bytes(cgroup: Path) -> int | None:
+    file = cgroup / "memory.max"
+    limit = file.read_text().strip() if file.is_file() else ""
+    return int(limit) if limit.isdigit() else None
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The first number of each line of a file of ``name number`` lines."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1}
 
 
 def resolve_pool_size(
@@ -45,9 +78,11 @@ def resolve_pool_size(
 ) -> PoolSize:
     """Size of a pool beside ``param_bytes`` of weights: the first size that is given counts.
 
-    Of that ``migration_reserve`` is left unallocated, but for one block. Raises ``OutOfMemory``,
-    naming the numbers, if that is less than one block, or if all of it together is more than the
-    device, or for swapping the host, has at all.
+    The weights are loaded by now. Of the pool ``migration_reserve`` is left unallocated, but for
+    one block. Raises ``OutOfMemory``, naming the numbers, if it is less than one block, if all of
+    it together is more than the device, or for swapping the host, has at all, or if the pool and
+    the swap space are more than the host has left: their pages are taken when they are first
+    written, long after the start.
     """
     total_bytes = device_memory_bytes(device)
     block_bytes = layout.block_bytes_all_layers
@@ -69,13 +104,23 @@ def resolve_pool_size(
             f"{num_blocks} KV blocks of {block_bytes} bytes and {param_bytes} bytes of weights "
             f"are {needed_bytes} bytes; {device} has {total_bytes}"
         )
+    is_on_host = device.type == "cpu"
+    num_swap_blocks = _swap_blocks(swap_bytes, block_bytes, needed_bytes if is_on_host else 0)
+    _check_available(num_blocks * block_bytes if is_on_host else 0, swap_bytes)
     return PoolSize(
         num_blocks=max(1, int(num_blocks * (1.0 - migration_reserve))),
         capacity_blocks=num_blocks,
-        num_swap_blocks=_swap_blocks(
-            swap_bytes, block_bytes, needed_bytes if device.type == "cpu" else 0
-        ),
+        num_swap_blocks=num_swap_blocks,
     )
+
+
+def _check_available(kv_bytes: int, swap_bytes: int) -> None:
+    available_bytes = available_host_bytes()
+    if available_bytes is not None and kv_bytes + swap_bytes > available_bytes:
+        raise OutOfMemory(
+            f"a KV pool of {kv_bytes} bytes and swap_bytes {swap_bytes} do not fit into the "
+            f"{available_bytes} bytes of the host that are available now; others have the rest"
+        )
 
 
 def _swap_blocks(swap_bytes: int, block_bytes: int, host_bytes: int) -> int:

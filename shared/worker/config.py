@@ -21,8 +21,8 @@ class WorkerSettings(ServiceSettings):
     kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
     """Keys and values in eight bits with scales, or like ``dtype``. Workers that exchange KV must
     have the same."""
-    device: str = "auto"
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """On a machine with several GPUs ``CUDA_VISIBLE_DEVICES`` says which of them is meant."""
     memory_fraction: float | None = Field(default=None, gt=0, le=1)
     """Share of the device's memory for weights and KV; workers on one device share by this."""
     kv_cache_bytes: int | None = Field(default=None, gt=0)
@@ -58,6 +58,8 @@ class WorkerSettings(ServiceSettings):
     output_ttl_s: float = Field(default=60.0, gt=0)
     """How long an output is kept for a gateway that has not acknowledged it."""
     report_period_s: float = Field(default=0.1, gt=0)
+    expert_load_period_s: float = Field(default=10.0, gt=0)
+    """How often the load of experts is asked for, which on a GPU waits for the device."""
     instance_ttl_s: float = Field(default=2.0, gt=0)
 
     def engine_config(self) -> EngineConfig:

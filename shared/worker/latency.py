@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shared.core.latency_model import LatencyModel, rough_constants
 from shared.core.latency_online import OnlineFit
-from shared.engine.facts import facts_of
+from shared.engine.facts import facts_of, profile_fingerprint
 from shared.engine.outputs import EngineStats
 from shared.engine.thread import EngineInfo
 from shared.errors import ConfigError
@@ -42,18 +42,19 @@ def first_model(
 ) -> tuple[LatencyModel, bool]:
     """What a worker starts from, and whether it was measured.
 
-    That is the profile, or an order of magnitude: a profile of another model says little about
-    this one and is not used.
+    That is the profile, or an order of magnitude: a profile of another model, of other weights or
+    of KV stored otherwise says little about this one and is not used.
     """
     spec, max_num_batched_tokens = info.spec, settings.max_num_batched_tokens
-    if profile is not None and profile.fingerprint == spec.fingerprint:
+    facts, fingerprint = facts_of(spec, Path(settings.model)), profile_fingerprint(spec)
+    if profile is not None and (profile.fingerprint, profile.facts) == (fingerprint, facts):
         return replace(profile, max_num_batched_tokens=max_num_batched_tokens), True
     if profile is not None:
         log.warning(
-            "latency_profile=%s is of another model or dtype and is not used",
+            "latency_profile=%s is of another model, dtype, quantisation or KV dtype and is not "
+            "used",
             settings.latency_profile,
         )
-    facts = facts_of(spec, Path(settings.model))
     guess = LatencyModel(
         facts=facts,
         constants=rough_constants(facts, info.device),
@@ -61,7 +62,7 @@ def first_model(
         device=info.device,
         num_threads=settings.num_threads or 0,
         dtype=spec.dtype,
-        fingerprint=spec.fingerprint,
+        fingerprint=fingerprint,
     )
     return guess, False
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 
 from shared.bus.base import Bus
+from shared.core.latency_model import LatencyModel
 from shared.core.membership import Membership
 from shared.core.request import RequestKey
 from shared.engine.build import build_engine
@@ -47,7 +48,6 @@ ENGINE_STOP_S = 5.0
 EXPORT_BYTES = 1 << 20
 """KV is handed to the loop in portions of at least this size, or once a step: waking the loop for
 every small layer would take the interpreter from the engine for more than the overlap is worth."""
-EXPERT_LOAD_PERIOD_S = 10.0
 GIL_SWITCH_S = 0.0005
 """The loop and the engine's thread share the interpreter: with Python's own 5 ms each would wait
 that long for the other, many times a step."""
@@ -147,7 +147,7 @@ class WorkerService(Service):
             now_s=self._loop.time,
         )
         base, is_profiled = first_model(self._profile, info, settings)
-        self._engine.call(lambda e: e.set_prefill_cost(base.prefill_s))
+        self._set_prefill_cost(base)
         metrics = self._runtime.metrics
         self._meter = LoadMeter(
             settings=settings,
@@ -330,13 +330,21 @@ class WorkerService(Service):
         meter = ExpertLoadMeter(self._runtime.metrics, self._role)
         while True:
             meter.follow(await self._expert_load())
-            await asyncio.sleep(EXPERT_LOAD_PERIOD_S)
+            await asyncio.sleep(self._settings.expert_load_period_s)
 
     async def _expert_load(self) -> dict[int, tuple[int, ...]]:
         return await asyncio.wrap_future(self._engine.call(lambda e: e.expert_load()))
 
     async def _send_report(self) -> None:
-        await self._send(self._meter.report(self._loop.time()))
+        report = self._meter.report(self._loop.time())
+        if report.latency is not None and report.latency != self._prefill_model:
+            self._set_prefill_cost(report.latency)
+        await self._send(report)
+
+    def _set_prefill_cost(self, model: LatencyModel) -> None:
+        """Let the engine weigh swapping against what ``model`` says of prefills."""
+        self._prefill_model = model
+        self._engine.call(lambda e: e.set_prefill_cost(model.prefill_s))
 
     async def _send(self, message: Message) -> None:
         try:

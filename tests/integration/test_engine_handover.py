@@ -1,11 +1,13 @@
 """One engine begins a request and another one ends it; nothing is missing and nothing is twice."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from shared.core.device_group import DeviceGroup
 from shared.core.request import Request, RequestKey
 from shared.engine.engine import Engine
 from shared.engine.outputs import KVExport
@@ -180,6 +182,30 @@ def test_head_ranges_are_contiguous_pieces_of_a_block(models: dict[str, Path]) -
             expected = whole[start : start + layout.head_bytes(1)]
             got = piece[block * layout.head_bytes(1) :][: layout.head_bytes(1)]
             assert np.array_equal(got, expected)
+
+
+def test_the_head_ranges_of_a_group_are_together_the_whole_kv(models: dict[str, Path]) -> None:
+    first, second = make_engine(models["opt"]), make_engine(models["opt"])
+    assert first.group.size == 1
+    assert first.group.head_range(0, 4) == (0, 4)
+    group = DeviceGroup(("cuda:0", "cuda:1"))
+    request = make_request("a", random_prompt(20, seed=1))
+    first.add(request, prefill_only=True)
+    while (step := first.step()) is not None:
+        tokens = [token for output in step.outputs for token in output.token_ids]
+    second.reserve(request.key, 20)
+    for layer, kv in enumerate(first.layout.layers):
+        for rank in reversed(range(group.size)):
+            heads = group.head_range(rank, kv.num_kv_heads)
+            data = first.export_kv(request.key, layer, 0, 3, *heads)
+            assert data.nbytes == 3 * 2 * first.layout.head_bytes(layer)
+            second.import_kv(request.key, layer, 0, 3, *heads, data)
+    resumed = replace(request, output_token_ids=tuple(tokens))
+    second.start_reserved(resumed, num_computed_tokens=20)
+    for layer in range(first.layout.num_layers):
+        whole = first.export_kv(request.key, layer, 0, 3)
+        assert np.array_equal(second.export_kv(request.key, layer, 0, 3), whole)
+    Reference(models["opt"]).assert_same(request.prompt_token_ids, _finish(second, tokens))
 
 
 def test_imports_that_do_not_fit_are_refused(models: dict[str, Path]) -> None:

@@ -1,6 +1,7 @@
 """One step in flight: the next decode is launched before the tokens of this one are known."""
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from shared.core.batch_plan import Chunk
 from shared.core.request import Request, RequestKey
 from shared.engine.engine import Engine
-from shared.engine.outputs import KVExport, RequestOutput, StepOutput
+from shared.engine.flight import Flight, Sampled
+from shared.engine.outputs import KVExport, KVSink, RequestOutput, StepOutput
+from shared.engine.runner import ModelRunner
 from tests.engines import Collector, Reference, make_engine, make_request, random_prompt, run
 from tests.models import FAMILIES, write_model
 
@@ -228,3 +232,67 @@ def test_exported_kv_is_the_same_as_without(model: Path) -> None:
         exported.append([(e.layer, e.block_lo, e.block_hi, e.data.tobytes()) for e in exports])
     assert exported[0] == exported[1]
     assert exported[0]
+
+
+@dataclass(kw_only=True)
+class _DraftedFlight(Flight):
+    """Behind each token come up to two of the draft that agree with it, as if just verified."""
+
+    drafts: Mapping[RequestKey, Sequence[int]]
+
+    def land(self) -> tuple[dict[RequestKey, Sampled], dict[RequestKey, str]]:
+        results, errors = super().land()
+        for chunk in (chunk for part in self.parts for chunk in part.chunks):
+            position = chunk.end - chunk.request.num_prompt_tokens
+            count = (3, 2, 1, 1, 2)[position % 5]
+            accepted = tuple(self.drafts[chunk.key][position : position + count])
+            if results[chunk.key].token_ids == accepted[:1]:
+                results[chunk.key] = Sampled(accepted)
+        return results, errors
+
+
+class _DraftingRunner(ModelRunner):
+    """A runner that gives up to three tokens a step where it knows what will come."""
+
+    drafts: Mapping[RequestKey, Sequence[int]] = {}
+
+    def launch(self, chunks: Sequence[Chunk], kv_sink: KVSink | None) -> Flight:
+        flight = super().launch(chunks, kv_sink)
+        return _DraftedFlight(flight.parts, flight.errors, drafts=self.drafts)
+
+    def launch_behind(self, flight: Flight, chunks: Sequence[Chunk]) -> Flight | None:
+        ahead = super().launch_behind(flight, chunks)
+        return ahead and _DraftedFlight(ahead.parts, ahead.errors, drafts=self.drafts)
+
+
+@pytest.mark.parametrize("is_pipelined", [False, True])
+def test_several_tokens_of_a_step_are_all_committed(
+    model: Path, is_pipelined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [
+        make_request(str(seed), random_prompt(6 + seed, seed=seed), max_tokens=30 - seed)
+        for seed in range(3)
+    ]
+    reference = Reference(model)
+    drafts = {
+        request.key: reference.greedy(request.prompt_token_ids, request.sampling.max_tokens)
+        for request in requests
+    }
+    drafts[requests[2].key][9:] = [0] * 18  # from there on the draft is wrong
+    monkeypatch.setattr(_DraftingRunner, "drafts", drafts)
+    monkeypatch.setattr("shared.engine.engine.ModelRunner", _DraftingRunner)
+    engine = make_engine(model, is_pipelined=is_pipelined)
+    collector = Collector()
+    for request in requests:
+        engine.add(request)
+    most = 0
+    while (step := engine.step()) is not None:
+        engine.check_integrity()
+        collector.take(step.outputs)
+        most = max(most, *(len(output.token_ids) for output in step.outputs), 0)
+    assert most == 3
+    for request in requests:
+        tokens = collector.tokens[request.key]
+        assert len(tokens) == request.sampling.max_tokens
+        reference.assert_same(request.prompt_token_ids, tokens)
+    assert engine.stats().num_free_blocks == engine.num_blocks

@@ -17,7 +17,11 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from shared.engine.config import EngineConfig
 from shared.engine.model import load_model
+from shared.engine.profile import ProfileOptions, run_profile
+from shared.engine.thread import EngineInfo
 from shared.errors import ConfigError, UnsupportedModel
+from shared.worker.config import WorkerSettings
+from shared.worker.latency import first_model
 from tests.engines import make_engine, make_request, random_prompt, run
 from tests.models import FAMILIES, VOCAB_SIZE, write_model
 
@@ -124,6 +128,27 @@ def test_the_fingerprint_tells_what_was_done_to_the_weights(
     full, int8, again, int4 = (spec.fingerprint for spec in specs)
     assert int8 == again
     assert len({full, int8, int4}) == 3
+
+
+def test_a_profile_is_for_the_weights_it_was_measured_with(
+    models: dict[str, Path], torchao: Any
+) -> None:
+    path = models["llama"]
+    config = EngineConfig(
+        model_path=str(path), dtype="fp32", device="cpu", num_blocks=64, quantization="int8"
+    )
+    profiled = run_profile(config, ProfileOptions(budget_s=1.0)).model
+    settings = WorkerSettings.load(model=str(path))
+    for method, is_taken in (("int8", True), (None, False)):
+        engine = make_engine(path, quantization=method)
+        info = EngineInfo(
+            spec=engine.spec,
+            layout=engine.layout,
+            num_blocks=engine.num_blocks,
+            max_model_len=engine.max_model_len,
+            device=str(engine.device),
+        )
+        assert first_model(profiled, info, settings)[1] == is_taken
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

@@ -10,9 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from shared.core.batch_plan import Chunk
 from shared.core.request import Request
 from shared.errors import InvalidRequest
-from tests.engines import Reference, make_engine, make_request, random_prompt, run
+from tests.engines import (
+    MAX_EXCUSED_GAP,
+    Reference,
+    make_engine,
+    make_request,
+    random_prompt,
+    run,
+)
 from tests.models import FAMILIES, VOCAB_SIZE, write_model
 
 PROMPT = random_prompt(21, seed=3)
@@ -45,6 +53,66 @@ def _penalised(logits: torch.Tensor, output: Sequence[int], params: dict[str, An
         scores[token] -= params.get("frequency_penalty", 0.0) * count
         scores[token] -= params.get("presence_penalty", 0.0)
     return scores
+
+
+@pytest.mark.parametrize("is_pipelined", [False, True])
+def test_greedy_tokens_are_the_best_of_those_allowed(model: Path, is_pipelined: bool) -> None:
+    allowed = {"even": slice(0, None, 2), "low": slice(3, 40)}
+
+    def mask_of(chunks: Sequence[Chunk]) -> torch.Tensor | None:
+        mask = torch.ones(len(chunks), VOCAB_SIZE, dtype=torch.bool)
+        for row, chunk in zip(mask, chunks, strict=True):
+            assert chunk.end == chunk.request.num_tokens  # all that it has is known
+            if chunk.key.request_id in allowed:
+                row.fill_(False)
+                row[allowed[chunk.key.request_id]] = True
+        return None if bool(mask.all()) else mask
+
+    engine = make_engine(model, is_pipelined=is_pipelined, mask_source=mask_of)
+    requests = [
+        make_request(name, random_prompt(10, seed=seed), max_tokens=12 + 4 * seed)
+        for seed, name in enumerate(("even", "low", "free"))
+    ]
+    outputs = run(engine, *requests)
+    reference = Reference(model)
+    for request in requests:
+        prompt, tokens = request.prompt_token_ids, outputs[request.request_id]
+        assert len(tokens) == request.sampling.max_tokens
+        logits = reference.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
+        scores = torch.full_like(logits, -torch.inf)
+        columns = allowed.get(request.request_id, slice(None))
+        scores[:, columns] = logits[:, columns]
+        chosen = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert float((scores.max(dim=-1).values - chosen).max()) < MAX_EXCUSED_GAP
+    assert max(outputs["free"]) >= 40  # without a mask it would not keep to any of these
+    assert any(token % 2 for token in outputs["free"])
+
+
+def test_a_mask_that_is_none_fails_the_request_that_it_is_for(model: Path) -> None:
+    def mask_of(chunks: Sequence[Chunk]) -> torch.Tensor | None:
+        if all(chunk.key.request_id == "good" for chunk in chunks):
+            return None
+        if any(chunk.key.request_id == "raises" for chunk in chunks):
+            raise KeyError("no such grammar")
+        return torch.ones(1, VOCAB_SIZE - 1, dtype=torch.bool)
+
+    engine = make_engine(model, mask_source=mask_of)
+    good = make_request("good", PROMPT[:4])
+    for request in (good, *(make_request(name, PROMPT[:4]) for name in ("raises", "short"))):
+        engine.add(request)
+    tokens: list[int] = []
+    errors = {}
+    while (step := engine.step()) is not None:
+        for output in step.outputs:
+            tokens += output.token_ids
+            if output.error is not None:
+                errors[output.key.request_id] = output.error
+    assert errors == {
+        "raises": "KeyError: 'no such grammar'",
+        "short": "ValueError: a mask of torch.bool [1, 255] for logits [1, 256]",
+    }
+    Reference(model).assert_same(good.prompt_token_ids, tokens)
+    engine.check_integrity()
 
 
 @pytest.mark.parametrize("params", PENALTIES, ids=str)

@@ -1,6 +1,7 @@
 """``banyan profile`` on the bundled model: few steps, the whole way to the file."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from shared.engine.config import EngineConfig
 from shared.engine.facts import facts_of
 from shared.engine.profile import ProfileOptions, run_profile
 from shared.engine.thread import EngineInfo
-from shared.errors import EngineError
+from shared.errors import ConfigError, EngineError
 from shared.worker.config import WorkerSettings
 from shared.worker.latency import first_model, read_profile
 from tests.engines import make_engine
@@ -102,9 +103,9 @@ def test_an_engine_too_small_for_anything_says_so(tmp_path: Path) -> None:
         run_profile(config, ProfileOptions(budget_s=1.0))
 
 
-def loaded(path: Path) -> EngineInfo:
+def loaded(path: Path, **settings: Any) -> EngineInfo:
     """What a worker's thread says about its engine."""
-    engine = make_engine(path)
+    engine = make_engine(path, **settings)
     return EngineInfo(
         spec=engine.spec,
         layout=engine.layout,
@@ -124,11 +125,41 @@ def test_a_worker_starts_from_the_profile_of_its_own_model(tmp_path: Path) -> No
     assert is_profiled
     assert model == replace(profiled, max_num_batched_tokens=128)
     # Without one, or with that of another model, it starts from a guess about the same facts.
-    for profile in (None, replace(profiled, fingerprint="another")):
+    other_facts = replace(profiled.facts, layer_param_bytes=7)
+    for profile in (
+        None,
+        replace(profiled, fingerprint="another"),
+        replace(profiled, facts=other_facts),
+    ):
         guess, is_profiled = first_model(profile, info, settings)
         assert not is_profiled
         assert guess.facts == profiled.facts
         assert guess.prefill_s(300) > guess.prefill_s(10) > 0.0
+
+
+def test_a_profile_is_for_the_kv_it_was_measured_with(tmp_path: Path) -> None:
+    model, path = write_model(tmp_path / "model", FAMILIES["llama-gqa"]), tmp_path / "latency.json"
+    options = ("--model", str(model), "--dtype", "fp32", "--budget-s", "1", "--out", str(path))
+    result = run(*options, "--kv-cache-dtype", "int8")
+    assert result.exit_code == 0, result.output
+    profiled, settings = read_profile(path), WorkerSettings.load(model=str(model))
+    taken = {
+        kind: first_model(profiled, loaded(model, kv_cache_dtype=kind), settings)
+        for kind in ("auto", "int8", "fp8")
+    }
+    assert [kind for kind, (_, is_profiled) in taken.items() if is_profiled] == ["int8"]
+    plain, int8 = (taken[kind][0].facts.kv_bytes_per_token for kind in ("auto", "int8"))
+    assert profiled.facts.kv_bytes_per_token == int8 < plain
+
+
+def test_a_profile_of_quantised_weights_needs_their_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    path = tmp_path / "latency.json"
+    result = run("--quantization", "int8", "--budget-s", "1", "--out", str(path))
+    assert isinstance(result.exception, ConfigError)
+    assert "extra 'quant'" in str(result.exception)
 
 
 @pytest.mark.parametrize("family", ["llama-mha", "llama-gqa", "gemma", "opt", "qwen3"])
@@ -157,6 +188,8 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_p
     ("arguments", "culprit"),
     [
         (["--dtype", "fp8"], "--dtype"),
+        (["--quantization", "int3"], "--quantization"),
+        (["--kv-cache-dtype", "int4"], "--kv-cache-dtype"),
         (["--budget-s", "0"], "--budget-s"),
         (["--num-threads", "0"], "--num-threads"),
     ],

@@ -7,6 +7,7 @@ from pydantic import SecretStr, ValidationError, model_validator
 
 from shared.config import ServiceSettings
 from shared.errors import ConfigError
+from shared.worker.config import WorkerSettings
 
 
 class GreeterSettings(ServiceSettings):
@@ -177,3 +178,13 @@ def test_settings_are_frozen() -> None:
     settings = GreeterSettings.load()
     with pytest.raises(ValidationError):
         settings.port = 1
+
+
+def test_a_worker_takes_the_devices_that_its_engine_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("auto", "cpu", "cuda"):
+        monkeypatch.setenv("BANYAN_WORKER_DEVICE", device)
+        assert WorkerSettings.load().engine_config().device == device
+    # Which GPU is meant says CUDA_VISIBLE_DEVICES.
+    monkeypatch.setenv("BANYAN_WORKER_DEVICE", "cuda:1")
+    with pytest.raises(ConfigError, match="BANYAN_WORKER_DEVICE"):
+        WorkerSettings.load()

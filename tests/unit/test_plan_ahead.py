@@ -180,3 +180,28 @@ def test_what_was_rolled_back_is_passed_over() -> None:
     _commit(scheduler, plan)
     assert [scheduler.get(_key(name)).num_tokens for name in ("a", "b")] == [7, 10]  # type: ignore[union-attr]
     assert _shape(scheduler.plan()) == [("a", 6, 7), ("b", 9, 10)]
+
+
+def test_what_was_launched_behind_several_tokens_is_passed_over() -> None:
+    scheduler = _scheduler()
+    for name in ("a", "b"):
+        scheduler.add(_request(name, 6, max_tokens=12))
+    plan = scheduler.plan()
+    ahead = _ahead(scheduler, plan)
+    sampled = {_key("a"): [11, 12, 13], _key("b"): [21]}
+    assert [c.token_ids for c in scheduler.commit(plan, sampled)] == [(11, 12, 13), (21,)]
+    assert _shape(ahead) == [("a", 6, 7), ("b", 6, 7)]
+    assert scheduler.plan_ahead(ahead) is None
+    _commit(scheduler, ahead)  # for "a" it has what comes behind the first of three
+    a, b = (scheduler.get(_key(name)) for name in ("a", "b"))
+    assert a is not None and b is not None
+    assert (a.token_ids[6:], b.token_ids[6:]) == ([11, 12, 13], [21, 7])
+    plan = scheduler.plan()
+    assert _shape(plan) == [("b", 7, 8), ("a", 6, 9)]
+    assert all(chunk.is_sampling for chunk in plan.chunks)
+    second = _ahead(scheduler, plan)
+    assert _shape(second) == [("b", 8, 9), ("a", 9, 10)]
+    _commit(scheduler, plan)
+    _commit(scheduler, second)
+    assert a.token_ids[6:] == [11, 12, 13, 7, 7]
+    assert (a.num_tokens, a.num_computed_tokens) == (11, 10)
