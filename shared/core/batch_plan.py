@@ -96,8 +96,7 @@ class Chunk(NamedTuple):
         return done, max(done, hi)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """One iteration.
 
     Blocks are copied before anything is computed, in this order: ``swap_out`` (block, host block),
@@ -146,6 +145,8 @@ class Draft:
 
     def plan(self) -> Plan:
         """What it has come to."""
+        if not (self.copies or self.preempted or self.swap_in or self.pad_chunks):
+            return Plan(tuple(self.chunks))  # what nearly every iteration is
         return Plan(
             chunks=tuple(self.chunks),
             block_copies=tuple(pair for pairs in self.copies.values() for pair in pairs),

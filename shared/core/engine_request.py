@@ -158,10 +158,13 @@ class EngineRequest:
     key: RequestKey = dataclass_field(init=False)
     """Identity of the attempt; also the name under which it owns blocks."""
     num_prompt_tokens: int = dataclass_field(init=False)
+    is_plain: bool = dataclass_field(init=False)
+    """``SamplingParams.is_plain``, asked for in every iteration."""
 
     def __post_init__(self) -> None:
         """Take key and tokens over from the request."""
         self.key = self.request.key
+        self.is_plain = self.request.sampling.is_plain
         self.num_prompt_tokens = len(self.request.prompt_token_ids)
         self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
 
@@ -210,11 +213,11 @@ class EngineRequest:
 
         Returns how many were taken and the reason if generation ends with the last of them.
         """
-        own, num_before = self.token_ids, len(self.token_ids)
-        for token in token_ids:
+        own, end_token_ids, num_before = self.token_ids, self.end_token_ids, len(self.token_ids)
+        for count, token in enumerate(token_ids, 1):
             own.append(token)
-            if token in self.end_token_ids:
-                return len(own) - num_before, FinishReason.STOP
-            if len(own) >= self.max_num_tokens:
-                return len(own) - num_before, FinishReason.LENGTH
-        return len(own) - num_before, None
+            if token in end_token_ids:
+                return count, FinishReason.STOP
+            if num_before + count >= self.max_num_tokens:
+                return count, FinishReason.LENGTH
+        return len(token_ids), None

@@ -297,7 +297,8 @@ class IterationScheduler:
             self._end(request.key, EngineEvent.FINISH)
         elif request.prefill_only:
             self._table.apply(request, EngineEvent.HOLD)
-        return Committed(request, offset, tuple(tokens[:count]), finish_reason)
+        taken = tuple(tokens if count == len(tokens) else tokens[:count])
+        return Committed(request, offset, taken, finish_reason)
 
     def check_integrity(self) -> None:
         """Verify the bookkeeping of requests and blocks; raises ``AssertionError``."""

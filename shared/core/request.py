@@ -86,6 +86,17 @@ class SamplingParams:
             or self.frequency_penalty != 0.0
         )
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is asked for but the most likely token, wherever it is."""
+        return (
+            self.is_greedy
+            and self.min_tokens == 0
+            and self.logprobs is None
+            and not self.logit_bias
+            and not self.has_penalties
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprobs:

@@ -270,7 +270,8 @@ class Engine:
         plan = self._next_plan()
         if plan is None:
             return None
-        return Iteration(plan, self._runner.launch(plan.computed, self.kv_sink), started_s)
+        work = work_of(plan.computed)
+        return Iteration(plan, work, self._runner.launch(plan.computed, self.kv_sink), started_s)
 
     def _start_behind(self, current: Iteration) -> Iteration | None:
         """The iteration after ``current``, if it can do without knowing what comes of that."""
@@ -282,13 +283,13 @@ class Engine:
         if flight is None:
             return None
         self._scheduler.launched(plan)
-        return Iteration(plan, flight, started_s)
+        return Iteration(plan, work_of(plan.chunks), flight, started_s)
 
     def _finish(self, iteration: Iteration) -> StepOutput:
         """Book what came out."""
-        plan, work = iteration.plan, work_of(iteration.plan.computed)
+        plan, work = iteration.plan, iteration.work
         self._step += 1
-        results, errors = iteration.flight.land()
+        token_ids_by_key, logprobs_by_key, errors = iteration.flight.land()
         outputs = []
         for chunk in plan.computed if errors else ():
             if chunk.key in errors and chunk.is_due:
@@ -296,23 +297,16 @@ class Engine:
             elif chunk.key in errors:  # nobody is to be told, but the blocks go to others
                 self.pool.zero_blocks(self._scheduler.discard(chunk.request))
         self._count(plan, work, errors)
-        committed = self._scheduler.commit(
-            plan, {key: result.token_ids for key, result in results.items()}
-        )
+        committed = self._scheduler.commit(plan, token_ids_by_key)
         for request, offset, token_ids, finish_reason in committed:
-            logprobs = results[request.key].logprobs[: len(token_ids)]
+            key = request.key
+            logprobs = logprobs_by_key[key][: len(token_ids)] if key in logprobs_by_key else ()
+            num_cached = request.num_cached_tokens
             outputs.append(
-                RequestOutput(
-                    request.key,
-                    offset,
-                    token_ids,
-                    logprobs,
-                    finish_reason,
-                    num_cached_tokens=request.num_cached_tokens,
-                )
+                RequestOutput(key, offset, token_ids, logprobs, finish_reason, None, num_cached)
             )
             if offset == len(request.request.output_token_ids):
-                self._total_cached_tokens += request.num_cached_tokens
+                self._total_cached_tokens += num_cached
         # What was launched early began when the iteration before it was done.
         started_s = max(iteration.started_s, self._finished_s)
         self._finished_s = time.perf_counter()
@@ -402,7 +396,8 @@ class Engine:
     def _next_plan(self) -> Plan | None:
         while True:
             plan = self._scheduler.plan(self._now_s())
-            self._copy_blocks(plan)
+            if plan.swap_out or plan.block_copies or plan.swap_in:
+                self._copy_blocks(plan)
             if plan.chunks or plan.pad_chunks:
                 return plan
             # All it did was to take blocks away, which may let others run. This ends: nobody

@@ -9,15 +9,20 @@ from torch import Tensor
 
 from shared.core.batch_plan import Chunk, Plan
 from shared.core.request import RequestKey, TokenLogprobs
-from shared.engine.sampler import SampledBatch, SampledRow
+from shared.core.step_work import StepWork
+from shared.engine.sampler import NOTHING_TO_SAMPLE, SampledBatch, SampledColumns
 from shared.errors import EngineError
 
 
-class Sampled(NamedTuple):
-    """New tokens of one request; ``logprobs`` has one entry a token, or none was asked for."""
+class Landed(NamedTuple):
+    """What an iteration came to, by request: new tokens, their log-probabilities, or an error.
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] = ()
+    ``logprobs`` has those that asked for them, one entry a token.
+    """
+
+    token_ids: dict[RequestKey, tuple[int, ...]]
+    logprobs: dict[RequestKey, tuple[TokenLogprobs, ...]]
+    errors: dict[RequestKey, str]
 
 
 class HostCopy:
@@ -25,7 +30,7 @@ class HostCopy:
 
     def __init__(self, sampled: SampledBatch) -> None:
         self._event: Any = None
-        if sampled.token_ids.device.type == "cuda":
+        if sampled.token_ids.is_cuda:
             sampled = replace(
                 sampled,
                 token_ids=_to_host(sampled.token_ids),
@@ -36,15 +41,14 @@ class HostCopy:
             self._event.record()
         self._sampled = sampled
 
-    def wait(self) -> list[SampledRow]:
-        """The rows, once they have arrived."""
+    def wait(self) -> SampledColumns:
+        """What was sampled, once it has arrived."""
         if self._event is not None:
             self._event.synchronize()
         return self._sampled.fetch()
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """One batch: the chunks that sample in it, their tokens on the device and to the host."""
 
     chunks: Sequence[Chunk]
@@ -62,25 +66,31 @@ class Flight:
     parts: list[Part] = field(default_factory=list)
     errors: dict[RequestKey, str] = field(default_factory=dict)
 
-    def land(self) -> tuple[dict[RequestKey, Sampled], dict[RequestKey, str]]:
-        """The tokens and the errors by request; waits for the device.
+    def land(self) -> Landed:
+        """What has come of it; waits for the device.
 
         Raises ``EngineError`` if that has failed.
         """
-        results: dict[RequestKey, Sampled] = {}
-        errors = dict(self.errors)
+        landed = Landed({}, {}, dict(self.errors))
         for part in self.parts:
             try:
-                rows = part.copy.wait()
+                sampled = part.copy.wait()
             except torch.AcceleratorError as exc:
                 raise EngineError(f"the device failed: {exc}") from exc
-            for chunk, row in zip(part.chunks, rows, strict=True):
-                if row.error is not None:
-                    errors[chunk.key] = row.error
-                elif chunk.key not in errors:
-                    logprobs = () if row.logprobs is None else (row.logprobs,)
-                    results[chunk.key] = Sampled((row.token_id,), logprobs)
-        return results, errors
+            keys = [chunk.request.key for chunk in part.chunks]
+            if not landed.errors and all(sampled.is_valid):  # as nearly always
+                landed.token_ids.update(zip(keys, zip(sampled.token_ids), strict=True))
+            else:
+                for key, token_id, is_valid in zip(
+                    keys, sampled.token_ids, sampled.is_valid, strict=True
+                ):
+                    if not is_valid:
+                        landed.errors[key] = NOTHING_TO_SAMPLE
+                    elif key not in landed.errors:
+                        landed.token_ids[key] = (token_id,)
+            for row, logprobs in sampled.logprobs.items():
+                landed.logprobs[keys[row]] = (logprobs,)
+        return landed
 
     def rows_of(self, chunks: Sequence[Chunk]) -> Sequence[int] | None:
         """Rows of ``parts[0].token_ids`` with the tokens that the requests of ``chunks`` get.
@@ -93,11 +103,11 @@ class Flight:
         return [rows[id(chunk.request)] for chunk in chunks]
 
 
-@dataclass(frozen=True, slots=True)
-class Iteration:
-    """A plan under way; ``started_s`` by ``time.perf_counter``."""
+class Iteration(NamedTuple):
+    """A plan under way, and the work that it is; ``started_s`` by ``time.perf_counter``."""
 
     plan: Plan
+    work: StepWork
     flight: Flight
     started_s: float
 

@@ -63,6 +63,13 @@ class LayerKernels(Protocol):
         """
         ...
 
+    def argmax(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each row of ``[num_rows, num_columns]`` fp32 is highest first, int64, and how high.
+
+        A row with a NaN has one as its highest.
+        """
+        ...
+
     def attention(self, pool: KVPool, spec: ModelSpec) -> AttentionBackend:
         """The attention that goes with them, over ``pool``."""
         ...
@@ -124,6 +131,19 @@ class TorchKernels:
         rotated = left * cosines - right * sines, right * cosines + left * sines
         heads[..., :half], heads[..., half : 2 * half] = rotated
 
+    def argmax(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``LayerKernels``."""
+        return argmax(scores)
+
     def attention(self, pool: KVPool, spec: ModelSpec) -> AttentionBackend:
         """See ``LayerKernels``."""
         return TorchAttention(pool, spec.sliding_windows)
+
+
+def argmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """``LayerKernels.argmax`` in torch; on a CPU by numpy, which uses vector instructions."""
+    if scores.device.type == "cpu":
+        indices = torch.from_numpy(scores.numpy().argmax(axis=-1))
+    else:
+        indices = scores.argmax(dim=-1)
+    return indices, scores.gather(1, indices[:, None])[:, 0]

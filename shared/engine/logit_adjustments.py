@@ -39,6 +39,10 @@ class SamplingRow(NamedTuple):
         )
 
 
+PLAIN_ROW = SamplingRow(SamplingParams(max_tokens=1, temperature=0.0), 0, frozenset())
+"""For every row whose request ``is_plain``."""
+
+
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """``values`` on ``device`` without waiting for what it still has to do."""
     if device.type == "cuda":

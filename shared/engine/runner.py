@@ -1,8 +1,9 @@
 """Launches planned batches: chunks in, sampled tokens and exported KV out."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
+from operator import sub
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,8 +11,9 @@ from shared.core.batch_plan import Chunk
 from shared.core.request import RequestKey
 from shared.engine.attention import AttentionBackend, AttentionBatch
 from shared.engine.chain import ModelChain
+from shared.engine.columns import Columns
 from shared.engine.flight import Flight, HostCopy, Part
-from shared.engine.logit_adjustments import to_device
+from shared.engine.logit_adjustments import PLAIN_ROW, to_device
 from shared.engine.outputs import KVExport, KVSink
 from shared.engine.sampler import SamplingRow, sample_on_device
 from shared.engine.select import make_layer_runner
@@ -46,6 +48,7 @@ class ModelRunner:
         self._pool = pool
         self._backend = backend
         self._mask_source = mask_source
+        self._columns = Columns(chain.device)
         self._run_layers = make_layer_runner(chain, backend)
 
     def launch(self, chunks: Sequence[Chunk], kv_sink: KVSink | None) -> Flight:
@@ -123,9 +126,9 @@ class ModelRunner:
                 exported.add((chunk.key, layer))
 
         sampling = [i for i, chunk in enumerate(chunks) if chunk.is_sampling]
-        chosen = [chunks[i] for i in sampling]
+        chosen = chunks if len(sampling) == len(chunks) else [chunks[i] for i in sampling]
         # Before the layers run: behind them the caches hold weights, and the host is slower.
-        rows = [self._sampling_row(chunk) for chunk in chosen]
+        rows = [PLAIN_ROW if c.request.is_plain else self._sampling_row(c) for c in chosen]
         token_ids, batch = self._prepare(chunks, token_ids)
         hidden = self._chain.embed(token_ids, batch.positions)
         hidden = self._run_layers(
@@ -141,47 +144,44 @@ class ModelRunner:
             last_rows = torch.tensor([batch.cu_seqlens_q[i + 1] - 1 for i in sampling])
             hidden = hidden[to_device(last_rows, hidden.device)]
         logits = self._chain.head(hidden)
-        sampled = sample_on_device(logits, rows, mask=self._mask(chosen, logits))
+        mask, find_best = self._mask(chosen, logits), self._chain.kernels.argmax
+        sampled = sample_on_device(logits, rows, mask=mask, find_best=find_best)
         return Part(chosen, sampled.token_ids, HostCopy(sampled))
 
     def _prepare(
         self, chunks: Sequence[Chunk], token_ids: Tensor | None
     ) -> tuple[Tensor, AttentionBatch]:
-        block_size = self._pool.layout.block_size
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        cu_seqlens_q = [0]
-        for request, start, end, _, table in chunks:
-            if end - start == 1:  # what nearly all are: at large batches this loop is what counts
-                tokens.append(request.token_ids[start] if token_ids is None else 0)
-                positions.append(start)
-                slots.append(table[start // block_size] * block_size + start % block_size)
-            else:
-                tokens += request.token_ids[start:end]
-                positions += range(start, end)
-                slots += [
-                    table[position // block_size] * block_size + position % block_size
-                    for position in range(start, end)
-                ]
-            cu_seqlens_q.append(len(positions))
-        columns = np.array(
-            [slots, positions] if token_ids is not None else [slots, positions, tokens]
-        )
-        on_device: Sequence[Tensor]
-        if self._chain.device.type == "cpu":  # cheaper than to take one tensor apart
-            on_device = [torch.from_numpy(column) for column in columns]
+        size = self._pool.layout.block_size
+        requests, starts, ends, _, tables = zip(*chunks, strict=True)
+        num_tokens = sum(ends) - sum(starts)
+        numbers: list[int]
+        cu_seqlens_q: Sequence[int]
+        if num_tokens == len(chunks):  # one each, as nearly always
+            cu_seqlens_q = range(num_tokens + 1)
+            numbers = [t[p // size] * size + p % size for t, p in zip(tables, starts, strict=True)]
+            numbers += starts
+            if token_ids is None:
+                numbers += [r.token_ids[p] for r, p in zip(requests, starts, strict=True)]
         else:
-            on_device = to_device(torch.from_numpy(columns), self._chain.device).unbind()
+            cu_seqlens_q = [0, *accumulate(map(sub, ends, starts))]
+            numbers = [
+                table[p // size] * size + p % size
+                for _, start, end, _, table in chunks
+                for p in range(start, end)
+            ]
+            numbers += chain.from_iterable(map(range, starts, ends))
+            for request, start, end, _, _ in chunks:
+                numbers += request.token_ids[start:end]
+        columns = self._columns.fill(numbers, num_tokens)
         batch = AttentionBatch(
-            positions=on_device[1],
-            slot_mapping=on_device[0],
+            positions=columns[1],
+            slot_mapping=columns[0],
             cu_seqlens_q=cu_seqlens_q,
-            context_lens=[chunk.end for chunk in chunks],
-            block_tables=[chunk.block_table for chunk in chunks],
+            context_lens=ends,
+            block_tables=tables,
             backend=self._backend,
         )
-        return on_device[2] if token_ids is None else token_ids, batch
+        return columns[2] if token_ids is None else token_ids, batch
 
     def _export(self, chunk: Chunk, layer: int, kv_sink: KVSink | None) -> None:
         lo, hi = chunk.export_range(self._pool.layout.block_size)
@@ -209,8 +209,7 @@ class ModelRunner:
         return mask if mask.device == logits.device else to_device(mask, logits.device)
 
     def _sampling_row(self, chunk: Chunk) -> SamplingRow:
-        request = chunk.request
-        params = request.request.sampling
+        request, params = chunk.request, chunk.request.request.sampling
         # Counted from the chunk: the token before it may not have arrived yet.
         position = chunk.end - request.num_prompt_tokens
         token_counts = request.count_tokens() if params.has_penalties else None

@@ -12,7 +12,7 @@ import torch
 from shared.core.batch_plan import Chunk
 from shared.core.request import Request, RequestKey
 from shared.engine.engine import Engine
-from shared.engine.flight import Flight, Sampled
+from shared.engine.flight import Flight, Landed
 from shared.engine.outputs import KVExport, KVSink, RequestOutput, StepOutput
 from shared.engine.runner import ModelRunner
 from tests.engines import Collector, Reference, make_engine, make_request, random_prompt, run
@@ -240,15 +240,15 @@ class _DraftedFlight(Flight):
 
     drafts: Mapping[RequestKey, Sequence[int]]
 
-    def land(self) -> tuple[dict[RequestKey, Sampled], dict[RequestKey, str]]:
-        results, errors = super().land()
+    def land(self) -> Landed:
+        landed = super().land()
         for chunk in (chunk for part in self.parts for chunk in part.chunks):
             position = chunk.end - chunk.request.num_prompt_tokens
             count = (3, 2, 1, 1, 2)[position % 5]
             accepted = tuple(self.drafts[chunk.key][position : position + count])
-            if results[chunk.key].token_ids == accepted[:1]:
-                results[chunk.key] = Sampled(accepted)
-        return results, errors
+            if landed.token_ids[chunk.key] == accepted[:1]:
+                landed.token_ids[chunk.key] = accepted
+        return landed
 
 
 class _DraftingRunner(ModelRunner):

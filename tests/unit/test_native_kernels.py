@@ -82,6 +82,25 @@ def test_a_gated_product(
     assert_close(in_bf16(x.bfloat16()), expected, 2e-2)
 
 
+@pytest.mark.parametrize("width", [1, 15, 64, 2047, 2048, 2049, 6300])
+def test_where_rows_are_highest(library: NativeLibrary, width: int) -> None:
+    rows = torch.randn(40, width + 3)[:, :width]
+    rows[1] = 0.25  # a tie everywhere: the first one counts
+    rows[2] = -torch.inf
+    for row in range(4, 16):  # where a vector, a chunk or the row ends
+        rows[row, min((0, 1, 14, 16, 63, 64, 2046, 2047, 2048, 2049)[row % 10], width - 1)] = 9.0
+    rows[16:20, width // 2] = torch.inf
+    rows[20:24, width - 1] = torch.nan
+    rows[24:28, 0] = torch.nan
+    indices, values = NativeKernels(library, torch.float32).argmax(rows)
+    expected, expected_values = TorchKernels(torch.float32).argmax(rows)
+    assert torch.equal(values.isnan(), expected_values.isnan())
+    assert torch.equal(values[:20], expected_values[:20])
+    assert torch.equal(indices[:20], expected[:20])
+    assert torch.equal(indices[28:], expected[28:])
+    assert all(0 <= index < width for index in indices.tolist())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [1, 40, 768])
 def test_a_norm(library: NativeLibrary, dtype: torch.dtype, width: int) -> None:

@@ -10,7 +10,7 @@ from shared.engine.cuda.attention import CudaAttention
 from shared.engine.cuda.linear import CudaGated, CudaLinear, GemvChoice
 from shared.engine.cuda.pointwise_kernels import rms_norm_kernel, rope_kernel
 from shared.engine.cuda.shapes import ceil_div, next_power_of_2
-from shared.engine.kernels import Linear
+from shared.engine.kernels import Linear, argmax
 from shared.engine.spec import ModelSpec
 from shared.kvcache.pool import KVPool
 
@@ -78,6 +78,10 @@ class CudaKernels:
             HAS_NORM=norm_weight is not None,
             num_warps=4,
         )
+
+    def argmax(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``LayerKernels``."""
+        return argmax(scores)
 
     def attention(self, pool: KVPool, spec: ModelSpec) -> AttentionBackend:
         """See ``LayerKernels``; torch's for a pool whose blocks have scales."""

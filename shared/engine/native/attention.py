@@ -2,10 +2,8 @@
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,19 +17,58 @@ from shared.engine.native.library import (
 )
 from shared.kvcache.pool import KVPool
 
-INT32_BYTES = 4
 
+class NativeBatch(NamedTuple):
+    """A batch as the kernels want it; of its backend's batches only the newest is valid."""
 
-@dataclass(frozen=True, slots=True)
-class NativeBatch:
-    """A batch as the kernels want it, and the array behind its addresses."""
-
-    struct: BatchStruct
-    address: int
-    array: Tensor
+    address: int  # of a BatchStruct
     seqs: Tensor  # [num_seqs] int32: the requests that the kernels attend for
     prefills: Any  # the others, as TorchAttention wants them; None if there are none
     num_threads: int
+
+
+class _BatchMemory:
+    """Where the kernels read a batch. Of one and the next, only what differs is written.
+
+    From decode to decode that is little: a table changes once in a block of tokens.
+    """
+
+    def __init__(self, max_seqs: int, max_blocks: int) -> None:
+        self.max_seqs = max_seqs
+        self.max_blocks = max_blocks
+        self._cu_seqlens_q = (ctypes.c_int32 * (max_seqs + 1))()
+        self._context_lens = (ctypes.c_int32 * max_seqs)()
+        self._block_tables = (ctypes.c_int32 * (max_seqs * max_blocks))()
+        self._all_seqs = torch.arange(max_seqs, dtype=torch.int32)
+        self._seqs = self._all_seqs
+        self._written_cu_seqlens_q: Sequence[int] = ()
+        self._written_tables: list[list[int]] = [[] for _ in range(max_seqs)]
+        self._struct = BatchStruct(
+            max_blocks=max_blocks,
+            cu_seqlens_q=ctypes.addressof(self._cu_seqlens_q),
+            context_lens=ctypes.addressof(self._context_lens),
+            block_tables=ctypes.addressof(self._block_tables),
+        )
+        self.address = ctypes.addressof(self._struct)
+
+    def write(self, batch: AttentionBatch) -> Tensor:
+        """Take over ``batch``, which must fit; the indices of its requests."""
+        num_seqs = len(batch.context_lens)
+        self._struct.num_seqs = num_seqs
+        self._struct.num_tokens = batch.cu_seqlens_q[-1]
+        self._struct.slot_mapping = batch.slot_mapping.data_ptr()
+        self._context_lens[:num_seqs] = list(batch.context_lens)
+        if batch.cu_seqlens_q != self._written_cu_seqlens_q:
+            self._cu_seqlens_q[: num_seqs + 1] = list(batch.cu_seqlens_q)
+            self._written_cu_seqlens_q = batch.cu_seqlens_q
+            self._seqs = self._all_seqs[:num_seqs]
+        start = 0
+        for table, written in zip(batch.block_tables, self._written_tables, strict=False):
+            if table != written:
+                written[:] = table
+                self._block_tables[start : start + len(table)] = list(written)
+            start += self.max_blocks
+        return self._seqs
 
 
 class NativeAttention:
@@ -54,6 +91,7 @@ class NativeAttention:
         self._windows = tuple(sliding_windows)
         self._torch = TorchAttention(pool, sliding_windows)
         self._shapes: dict[tuple[int, int, torch.dtype, float], AttentionStruct] = {}
+        self._memory = _BatchMemory(max_seqs=16, max_blocks=16)
 
     @staticmethod
     def supports(library: NativeLibrary, pool: KVPool) -> bool:
@@ -69,39 +107,23 @@ class NativeAttention:
     def prepare(self, batch: AttentionBatch) -> NativeBatch:
         """See ``AttentionBackend``."""
         num_seqs = len(batch.context_lens)
-        seqs: Sequence[int] = range(num_seqs)
-        prefills = None
+        memory = self._memory_for(num_seqs, max(map(len, batch.block_tables), default=0))
+        seqs, prefills = memory.write(batch), None
         if self._prefills_by_torch:
-            decodes = [index for index in seqs if batch.query_len(index) == 1]
+            decodes = [index for index in range(num_seqs) if batch.query_len(index) == 1]
             if len(decodes) < num_seqs:
-                seqs, prefills = decodes, self._torch.prepare(batch, with_decodes=False)
-        max_blocks = max(map(len, batch.block_tables), default=0)
-        numbers = [*batch.cu_seqlens_q, *batch.context_lens]
-        for table in batch.block_tables:
-            numbers += table
-            numbers += [0] * (max_blocks - len(table))
-        numbers += seqs
-        # One array for all: making an array takes longer than filling it.
-        array = torch.from_numpy(np.array(numbers, dtype=np.int32))
-        lens = array.data_ptr() + (num_seqs + 1) * INT32_BYTES
-        tables = lens + num_seqs * INT32_BYTES
-        struct = BatchStruct(
-            num_seqs,
-            batch.positions.shape[0],
-            max_blocks,
-            array.data_ptr(),
-            lens,
-            tables,
-            batch.slot_mapping.data_ptr(),
-        )
-        return NativeBatch(
-            struct=struct,
-            address=ctypes.addressof(struct),
-            array=array,
-            seqs=array[len(numbers) - len(seqs) :],
-            prefills=prefills,
-            num_threads=torch.get_num_threads(),
-        )
+                seqs = torch.tensor(decodes, dtype=torch.int32)
+                prefills = self._torch.prepare(batch, with_decodes=False)
+        return NativeBatch(memory.address, seqs, prefills, torch.get_num_threads())
+
+    def _memory_for(self, num_seqs: int, num_blocks: int) -> _BatchMemory:
+        memory = self._memory
+        if num_seqs > memory.max_seqs or num_blocks > memory.max_blocks:
+            # Twice of what there was, so that a batch that grows token by token is rarely copied.
+            memory = self._memory = _BatchMemory(
+                max(num_seqs, 2 * memory.max_seqs), max(num_blocks, 2 * memory.max_blocks)
+            )
+        return memory
 
     def forward(
         self,

@@ -76,6 +76,10 @@ EXPORT void rope(void *x, int64_t x_stride, const float *cos_sin, int64_t num_to
 EXPORT void gate_mul(const void *x, void *y, int64_t num_rows, int64_t width, int32_t epilogue,
                      int32_t dtype, int32_t num_threads);
 
+/* The highest number of each row of x, NaN if one is, and where it is first. */
+EXPORT void argmax(const float *x, int64_t x_stride, int64_t num_rows, int64_t num_columns,
+                   int64_t *indices, float *values, int32_t num_threads);
+
 /* Attention of one layer: puts the rows' keys and values into their slots of the cache
  * [num_blocks, num_kv_heads, 2, block_size, head_dim], then attends over it for the requests in
  * `seqs` (indices into the batch; the others' rows of `output` are left alone). key and value have

@@ -159,6 +159,21 @@ class NativeKernels:
             torch.get_num_threads(),
         )
 
+    def argmax(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``LayerKernels``."""
+        num_rows, num_columns = scores.shape
+        indices, values = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows)
+        self._library.functions.argmax(
+            scores.data_ptr(),
+            scores.stride(0),
+            num_rows,
+            num_columns,
+            indices.data_ptr(),
+            values.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return indices, values
+
     def attention(self, pool: KVPool, spec: ModelSpec) -> AttentionBackend:
         """See ``LayerKernels``; torch's where the kernels cannot work on ``pool``."""
         if spec.attention_features or not NativeAttention.supports(self._library, pool):

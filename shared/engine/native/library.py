@@ -80,6 +80,7 @@ SIGNATURES: dict[str, tuple[type[c_int64] | None, Sequence[type]]] = {
     "rms_norm": (None, (_P, _P, _P, _P, _N, _N, _N, _F, _I, _I)),
     "rope": (None, (_P, _N, _P, _N, _N, _N, _N, _P, _F, _I, _I)),
     "gate_mul": (None, (_P, _P, _N, _N, _I, _I, _I)),
+    "argmax": (None, (_P, _N, _N, _N, _P, _P, _I)),
     "attention": (None, (_P, _P, _P, _N, _P, _P, _N, _P, _P, _N, _P, _N, _I)),
     "run_calls": (None, (_P, _N, _N)),
 }

@@ -190,7 +190,7 @@ void run_linear(const linear_t *l, int32_t is_added, const float *x, int64_t x_s
     int by_rows = num_rows >= num_threads * WIDEN_ROWS;
     int64_t blocks = (num_rows + most - 1) / most;
     if (by_rows) blocks = round_up(blocks, num_threads);
-    int64_t block = round_up((num_rows + blocks - 1) / blocks, by_rows ? MR : 1);
+    int64_t block = (num_rows + blocks - 1) / blocks;
     blocks = (num_rows + block - 1) / block;
     int64_t panel_jobs = by_rows ? 1 : (num_threads < panels ? num_threads : panels);
     size_t packed_bytes = round_up(block * k * sizeof(float), 64);

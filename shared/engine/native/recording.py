@@ -6,7 +6,6 @@ microseconds, and Python takes as long again to make each.
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from shared.engine.attention import AttentionBatch
 from shared.engine.fused import FusedSegment
-from shared.engine.native.attention import NativeAttention, NativeBatch
+from shared.engine.native.attention import NativeAttention
 from shared.engine.native.library import BatchStruct, NativeLibrary, Operation
 
 if TYPE_CHECKING:
@@ -83,15 +82,8 @@ class _Program:
         self._library = library
         self._hidden = torch.empty(MAX_ROWS, hidden_size)
         self._cos_sin = torch.empty(MAX_ROWS, segment.rotary.rotary_dim)
-        struct = BatchStruct()
-        self._batch = NativeBatch(
-            struct=struct,
-            address=ctypes.addressof(struct),
-            array=torch.empty(0),
-            seqs=torch.arange(MAX_ROWS, dtype=torch.int32),
-            prefills=None,
-            num_threads=self.num_threads,
-        )
+        self._struct = BatchStruct()
+        self._seqs = torch.arange(MAX_ROWS, dtype=torch.int32)
         self._recorder: Recorder | None = None  # owns what is between the calls
         self._calls: ctypes.Array[_Call] | None = None
 
@@ -102,7 +94,9 @@ class _Program:
         own.copy_(hidden)
         cos_sin = self._cos_sin[:num_rows]
         self._segment.rotary.lookup(batch.positions, out=cos_sin)
-        ctypes.memmove(self._batch.address, batch.state.address, ctypes.sizeof(BatchStruct))
+        ctypes.memmove(
+            ctypes.addressof(self._struct), batch.state.address, ctypes.sizeof(BatchStruct)
+        )
         if self._calls is None:
             self._record(own, cos_sin, batch)
         else:
@@ -112,7 +106,10 @@ class _Program:
         return own
 
     def _record(self, hidden: Tensor, cos_sin: Tensor, batch: AttentionBatch) -> None:
-        state, batch.state = batch.state, replace(self._batch, seqs=self._batch.seqs[: len(hidden)])
+        state = batch.state
+        batch.state = state._replace(
+            address=ctypes.addressof(self._struct), seqs=self._seqs[: len(hidden)]
+        )
         recorder = self._library.recording = Recorder()
         try:
             for layer in self._segment.layers:
