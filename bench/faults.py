@@ -8,6 +8,7 @@ failed requests, verdicts, the worst pause inside a stream, attempts begun anew,
 
 import argparse
 import asyncio
+import contextlib
 import json
 import signal
 import sys
@@ -19,10 +20,17 @@ from pathlib import Path
 
 from bench.clients import Answer, CheckedClients
 from bench.equality import BUNDLED, expected_answers
+from bench.postgres import Postgres, running_postgres
 from bench.reference import Expected
 from bench.suite import Suite, running_suite
 
+ENDED = "banyan_gateway_ended_requests_total"
+LOG_WRITTEN = "banyan_gateway_log_written_requests_total"
+LOG_LOST = "banyan_gateway_log_lost_requests_total"
+LOG_PENDING = "banyan_gateway_log_pending_requests"
+
 FROZEN_S = 10.0
+DATABASE_DOWN_S = 20.0
 
 
 async def nothing(suite: Suite) -> None:
@@ -60,12 +68,23 @@ async def freeze_decode(suite: Suite) -> None:
         suite.kill(frozen, signal.SIGCONT)
 
 
+async def stop_database(suite: Suite) -> None:
+    """End PostgreSQL at once and start it again twenty seconds later."""
+    assert isinstance(suite.database, Postgres), "the drill needs a server that can be stopped"
+    await asyncio.to_thread(suite.database.stop)
+    try:
+        await asyncio.sleep(DATABASE_DOWN_S)
+    finally:
+        await asyncio.to_thread(suite.database.start)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drill:
     """A suite and what happens to it."""
 
     arguments: tuple[str, ...]
     action: Callable[[Suite], Awaitable[None]]
+    needs_postgres: bool = False
 
 
 DRILLS = {
@@ -76,6 +95,7 @@ DRILLS = {
     "scheduler killed, standby": Drill(arguments=("--scheduler", "2"), action=kill_leader),
     "nats restarted": Drill(arguments=(), action=kill_nats),
     "decode frozen 10 s, 1P+2D": Drill(arguments=("--decode", "2"), action=freeze_decode),
+    "database down 20 s": Drill(arguments=(), action=stop_database, needs_postgres=True),
 }
 
 
@@ -91,13 +111,16 @@ class Outcome:
     num_lost_attempts: int
     num_stale: int
     num_refetched_tokens: int
+    num_logged: int
+    num_log_lost: int
     wall_s: float
     errors: tuple[str, ...]
 
     @property
     def is_good(self) -> bool:
-        """Nobody failed and nobody got a wrong token."""
-        return not self.num_failed and not self.verdicts.get("different")
+        """Nobody failed, nobody got a wrong token, and every request is accounted for."""
+        is_log_complete = self.num_logged + self.num_log_lost == self.num_requests
+        return is_log_complete and not self.num_failed and not self.verdicts.get("different")
 
     def row(self) -> str:
         """A row of the table."""
@@ -106,13 +129,14 @@ class Outcome:
             f"| {self.drill} | {self.num_requests} | {self.num_failed} | {v.get('equal', 0)} / "
             f"{v.get('tie', 0)} / {v.get('different', 0)} | {self.worst_pause_s:.2f} | "
             f"{self.num_lost_attempts} | {self.num_stale} | {self.num_refetched_tokens} | "
-            f"{self.wall_s:.0f} |"
+            f"{self.num_logged} / {self.num_log_lost} | {self.wall_s:.0f} |"
         )
 
 
 HEADER = (
     "| drill | requests | failed | equal / tie / different | worst pause s | attempts begun anew "
-    "| stale dropped | tokens refetched | wall s |\n|---|---|---|---|---|---|---|---|---|"
+    "| stale dropped | tokens refetched | log rows / lost | wall s |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -121,7 +145,11 @@ def run_drill(
 ) -> Outcome:
     """Start the drill's own suite and run the drill on it."""
     arguments = ("--dtype", "fp32", "--model", str(model_dir), *DRILLS[name].arguments)
-    with running_suite(*arguments) as suite:
+    with contextlib.ExitStack() as stack:
+        postgres = None
+        if DRILLS[name].needs_postgres:
+            postgres = stack.enter_context(running_postgres())
+        suite = stack.enter_context(running_suite(*arguments, postgres=postgres))
         return drill_on(
             suite,
             name,
@@ -143,6 +171,8 @@ def drill_on(
 ) -> Outcome:
     """Ask, break the suite after a quarter of the answers, and see that all was freed."""
     clients = CheckedClients(suite.url, model_dir, expected)
+    ended_before = suite.metric(ENDED)
+    logged_before, lost_before = suite.metric(LOG_WRITTEN), suite.metric(LOG_LOST)
     began_s = time.monotonic()
     answers = asyncio.run(
         clients.run(
@@ -155,6 +185,12 @@ def drill_on(
     )
     wall_s = time.monotonic() - began_s
     suite.wait_until_blocks_are_free()
+    suite.wait_until(
+        lambda: (
+            suite.metric(ENDED) - ended_before >= num_requests and not suite.metric(LOG_PENDING)
+        ),
+        "the writing of the request log",
+    )
     stale = sum(worker["num_stale_dropped"] for worker in suite.workers())
     return Outcome(
         drill=name,
@@ -165,6 +201,8 @@ def drill_on(
         num_lost_attempts=int(suite.metric("banyan_gateway_lost_attempts_events_total")),
         num_stale=stale + int(suite.metric("banyan_gateway_stale_messages_total")),
         num_refetched_tokens=int(suite.metric("banyan_gateway_refetched_tokens_total")),
+        num_logged=suite.num_logged() - int(logged_before),
+        num_log_lost=int(suite.metric(LOG_LOST) - lost_before),
         wall_s=wall_s,
         errors=tuple(sorted({a.error[:200] for a in answers if a.error}))[:5],
     )

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -12,9 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
+
+if TYPE_CHECKING:
+    from bench.postgres import Postgres
 
 ROOT = Path(__file__).resolve().parents[1]
 READY_S = 120.0
@@ -46,10 +50,18 @@ class Process:
 class Suite:
     """A running suite; made by ``running_suite``."""
 
-    def __init__(self, supervisor: subprocess.Popen[bytes], url: str, log_dir: Path) -> None:
+    def __init__(
+        self,
+        supervisor: subprocess.Popen[bytes],
+        url: str,
+        log_dir: Path,
+        database: "Postgres | Path",
+    ) -> None:
+        """``database``: the server, or the file of SQLite."""
         self.supervisor = supervisor
         self.url = url
         self.log_dir = log_dir
+        self.database = database
         self.client = httpx.Client(base_url=url, timeout=60.0)
 
     def processes(self, role: str | None = None) -> list[Process]:
@@ -121,6 +133,14 @@ class Suite:
         values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name)]
         return sum(values)
 
+    def num_logged(self) -> int:
+        """The rows of the request log."""
+        statement = "SELECT count(*) FROM requests"
+        if not isinstance(self.database, Path):
+            return int(self.database.query(statement))
+        with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as file:
+            return int(file.execute(statement).fetchone()[0])
+
     def logs(self, num_bytes: int = 3000) -> str:
         """The end of every log file."""
         parts = []
@@ -152,26 +172,39 @@ class Suite:
 
 @contextlib.contextmanager
 def running_suite(
-    *arguments: str, env: dict[str, str] | None = None, log_dir: Path | None = None
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    log_dir: Path | None = None,
+    postgres: "Postgres | None" = None,
 ) -> Iterator[Suite]:
-    """Run ``banyan up`` with ``arguments`` on a free port; ready when entered, gone when left."""
+    """Run ``banyan up`` with ``arguments`` on a free port; ready when entered, gone when left.
+
+    Without ``postgres`` it has an SQLite file of its own, which is gone with it.
+    """
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="banyan-suite-") as scratch:
         directory = log_dir or Path(scratch)
         ready_file = Path(scratch) / "ready.json"
+        file = Path(scratch) / "banyan.db"
         command = [sys.executable, "-m", "cli.main", "up", "--port", str(port)]
         command += ["--ready-file", str(ready_file), "--log-dir", str(directory), *arguments]
         output = (directory / "banyan-up.log").open("wb")
         supervisor = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, **(env or {})},
+            env={
+                **os.environ,
+                "BANYAN_DATABASE_URL": (
+                    f"sqlite:///{file}" if postgres is None else postgres.url()
+                ),
+                **(env or {}),
+            },
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        suite = Suite(supervisor, f"http://127.0.0.1:{port}", directory)
+        suite = Suite(supervisor, f"http://127.0.0.1:{port}", directory, postgres or file)
         try:
             suite.wait_until(
                 lambda: ready_file.exists() or supervisor.poll() is not None, "ready", READY_S

@@ -4,18 +4,25 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 import httpx
 
 from cli.errors import CommandFailed
+from cli.line_input import LineInput
 from cli.sse import event_data
+from cli.state import data_dir
 
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 120.0
 """A worker may die in the middle of an answer; its client then sees a pause, not an end."""
 EXIT_INTERRUPTED = 130
+HELP = """\
+/new   forget what was said so far
+/help  this
+Ctrl-C stops an answer, Ctrl-D leaves; the arrow keys bring former questions back.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +35,7 @@ class ChatRequest:
     system: str | None = None
     max_tokens: int | None = None
     temperature: float = 0.3
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     as_json: bool = False
 
 
@@ -49,15 +56,19 @@ class Conversation:
         self._http = http
         self._request = request
         self.model = request.model or self._served_model()
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget what was said."""
         self._messages: list[dict[str, str]] = []
-        if request.system is not None:
-            self._messages.append({"role": "system", "content": request.system})
+        if self._request.system is not None:
+            self._messages.append({"role": "system", "content": self._request.system})
 
     def ask(self, question: str, show: Callable[[str], None]) -> Answer:
         """The answer to ``question``; ``show`` gets each piece of its text as it comes.
 
         Raises ``CommandFailed``; the question is then not part of the conversation. Interrupted, it
-        is, with as much of the answer as there was.
+        is, with as much of the answer as there was, if there was any.
         """
         self._messages.append({"role": "user", "content": question})
         answer = Answer()
@@ -67,10 +78,16 @@ class Conversation:
             self._messages.pop()
             raise
         except KeyboardInterrupt:
-            self._messages.append({"role": "assistant", "content": answer.text})
+            self._conclude(answer)
             raise
-        self._messages.append({"role": "assistant", "content": answer.text})
+        self._conclude(answer)
         return answer
+
+    def _conclude(self, answer: Answer) -> None:
+        if answer.text:
+            self._messages.append({"role": "assistant", "content": answer.text})
+        else:
+            self._messages.pop()
 
     def _stream(self, answer: Answer, show: Callable[[str], None]) -> None:
         body: dict[str, Any] = {
@@ -126,9 +143,8 @@ def run_chat(request: ChatRequest, output: TextIO, errors: TextIO) -> int:
         output.write(text)
         output.flush()
 
-    headers = {"authorization": f"Bearer {request.api_key}"} if request.api_key else {}
     timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-    with _client(request.url, headers, timeout) as http:
+    with _client(request.url, _headers(request.api_key), timeout) as http:
         try:
             conversation = Conversation(http, request)
             if request.message is None:
@@ -146,27 +162,63 @@ def run_chat(request: ChatRequest, output: TextIO, errors: TextIO) -> int:
 
 
 def _converse(conversation: Conversation, show: Callable[[str], None], errors: TextIO) -> None:
-    """Question and answer in turn, until Ctrl-D (or Ctrl-C instead of a question)."""
-    if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (gives input() its line editing)
-        errors.write(f"Talking to {conversation.model}. Ctrl-C stops an answer, Ctrl-D leaves.\n")
-    while True:
-        try:
-            question = input("you> " if sys.stdin.isatty() else "")
-        except EOFError:
-            if sys.stdin.isatty():
+    """Question and answer in turn, until Ctrl-D. Without a terminal, a question a line."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        errors.write(f"Talking to {conversation.model}; /help says how.\n")
+    with LineInput(data_dir() / "chat_history", is_terminal=is_terminal) as line_input:
+        while True:
+            try:
+                question = line_input.read("you> " if is_terminal else "")
+            except EOFError:
+                if is_terminal:
+                    show("\n")
+                return
+            except KeyboardInterrupt:
+                if not is_terminal:
+                    raise
                 show("\n")
-            return
-        if not question.strip():
-            continue
-        try:
-            conversation.ask(question, show)
-        except KeyboardInterrupt:
-            show(" …")
-        except CommandFailed as error:
-            errors.write(f"error: {error}")
-        show("\n")
+                continue
+            if is_terminal and question.strip().startswith("/"):
+                _obey(question.strip(), conversation, errors)
+            elif question.strip():
+                _ask(conversation, question, show, errors)
+
+
+def _ask(
+    conversation: Conversation, question: str, show: Callable[[str], None], errors: TextIO
+) -> None:
+    try:
+        conversation.ask(question, show)
+    except KeyboardInterrupt:
+        show(" …")
+    except CommandFailed as error:
+        errors.write(f"error: {error}")
+        errors.flush()
+    show("\n")
+
+
+def _obey(command: str, conversation: Conversation, errors: TextIO) -> None:
+    """A line that begins with ``/`` is for us, not for the model."""
+    if command == "/new":
+        conversation.begin_anew()
+        errors.write("forgotten\n")
+    elif command == "/help":
+        errors.write(HELP)
+    else:
+        errors.write(f"no such command: {command}\n{HELP}")
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    """Who asks. Raises ``CommandFailed``, without the key, for one that no header can carry."""
+    key = (api_key or "").strip()
+    if not key:
+        return {}
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise CommandFailed(
+            "BANYAN_API_KEY (or --api-key): it has spaces or letters that are in no key"
+        )
+    return {"authorization": f"Bearer {key}"}
 
 
 def _client(url: str, headers: dict[str, str], timeout: httpx.Timeout) -> httpx.Client:
@@ -217,9 +269,15 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _error_in(response: httpx.Response) -> str:
-    message = f"HTTP {response.status_code}: {_message_of(_parsed(response.text))}"
+    body = _parsed(response.text)
+    message = f"HTTP {response.status_code}: {_message_of(body)}"
     if response.status_code == httpx.codes.UNAUTHORIZED:
-        return f"{message} (give a key with --api-key or BANYAN_API_KEY)"
+        return f"{message} (give a key with --api-key or BANYAN_API_KEY; `banyan keys create`)"
+    error = body.get("error")
+    if isinstance(error, dict) and error.get("code") == "context_length_exceeded":
+        return f"{message} (a new conversation has room again: /new)"
+    if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        message += " (`banyan status` shows what is missing)"
     retry_after_s = response.headers.get("retry-after")
     return f"{message} (try again in {retry_after_s} s)" if retry_after_s else message
 

@@ -1,17 +1,21 @@
 """What ``banyan up`` needs to know of the machine, without importing torch."""
 
+import errno
 import importlib
 import importlib.util
 import os
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from cli.errors import CommandFailed
 from cli.plan import Hardware
 from cli.state import running_suites
 
+_LAST_PORT = 65535
+_PORTS_TRIED = 20
+_NO_SUCH_NAME = (socket.EAI_NONAME, socket.EAI_AGAIN)
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _CUDA_OF_TORCH = re.compile(r"^cuda\b[^=]*= *'(.+)'", re.MULTILINE)
 
@@ -22,28 +26,48 @@ def find_hardware(device: str) -> Hardware:
     return Hardware(num_cores=_num_cores(), cuda_devices=cuda_devices)
 
 
-def check_ports(host: str, ports: Iterable[int]) -> None:
+def check_ports(host: str, ports: Sequence[int]) -> None:
     """Raise ``CommandFailed`` unless a gateway can listen on each of ``ports``."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for port in ports:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-                probe.listen(1)
-            except (OSError, OverflowError) as error:
-                raise CommandFailed(_why_not(host, port, error)) from error
+        for suite in running_suites():  # one that still starts does not listen yet
+            if any(url.endswith(f":{port}") for url in suite.urls):
+                raise CommandFailed(
+                    f"port {port} is in use by another `banyan up` (pid {suite.pid}): stop it with "
+                    f"Ctrl-C, or choose another port{_for_instance(host, ports)}"
+                )
+        try:
+            _try(host, port)
+        except (OSError, OverflowError) as error:
+            raise CommandFailed(_why_not(host, port, ports, error)) from error
 
 
-def _why_not(host: str, port: int, error: Exception) -> str:
-    for suite in running_suites():
-        if any(url.endswith(f":{port}") for url in suite.urls):
-            return (
-                f"port {port} is in use by another `banyan up` (pid {suite.pid}): "
-                "stop it with Ctrl-C, or choose another port with --port"
-            )
+def _try(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        probe.listen(1)
+
+
+def _why_not(host: str, port: int, ports: Sequence[int], error: Exception) -> str:
     reason = error.strerror if isinstance(error, OSError) else str(error)
-    return f"cannot listen on {host}:{port} ({reason}): choose another port with --port"
+    what = f"cannot listen on {host}:{port} ({reason})"
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EADDRNOTAVAIL, *_NO_SUCH_NAME):
+        return f"{what}: choose an address of this machine with --host"
+    return f"{what}: choose another port{_for_instance(host, ports)}"
+
+
+def _for_instance(host: str, ports: Sequence[int]) -> str:
+    """An option that would work, if one is found soon."""
+    for first in range(ports[0] + 1, min(ports[0] + 1 + _PORTS_TRIED, _LAST_PORT - len(ports))):
+        try:
+            for port in range(first, first + len(ports)):
+                _try(host, port)
+        except OSError:
+            continue
+        return f", for instance with --port {first}"
+    return " with --port"
 
 
 def _num_cores() -> int:

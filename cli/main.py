@@ -3,34 +3,34 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from cli import completion
+from cli.keys import keys_app
+from cli.options import (
+    COMMAND,
+    MACHINE,
+    MODEL,
+    SUITE,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    KVCacheDtypeOption,
+    ModelOption,
+    NatsUrlOption,
+    NatsUserOption,
+    QuantizationOption,
+    UrlOption,
+    option,
+)
 from shared.errors import BanyanError
 
 ROOT = Path(__file__).resolve().parents[1]
 
-_SUITE, _MODEL, _MACHINE, _COMMAND = "Suite", "Model", "Machine", "Command"
-
 app = typer.Typer(name="banyan", no_args_is_help=True, pretty_exceptions_enable=False)
-
-
-def _option(name: str, panel: str, help_text: str, **settings: Any) -> Any:
-    """An option that is also the variable ``BANYAN_<NAME>``."""
-    variable = f"BANYAN_{name.upper().replace('-', '_')}"
-    return typer.Option(
-        f"--{name}", envvar=variable, rich_help_panel=panel, help=help_text, **settings
-    )
-
-
-UrlOption = Annotated[
-    str | None,
-    typer.Option(
-        "--url", envvar="BANYAN_URL", help="A gateway; by default that of the suite running here."
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+app.add_typer(keys_app)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -64,54 +64,45 @@ def banyan(
 
 @app.command()
 def up(
-    model: Annotated[
-        str | None,
-        _option("model", _MODEL, "Directory or Hugging Face id. By default the bundled one."),
-    ] = None,
+    model: ModelOption = None,
     served_model_name: Annotated[
         str | None,
-        _option("served-model-name", _MODEL, "What clients call it; by default its name."),
+        option("served-model-name", MODEL, "What clients call it; by default its name."),
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "bf16", "fp32"], _option("dtype", _MODEL, "Type of weights and KV.")
-    ] = "auto",
-    quantization: Annotated[
-        Literal["int8", "int4"] | None,
-        _option("quantization", _MODEL, "Weights of fewer bits; needs the extra 'quant'."),
-    ] = None,
-    kv_cache_dtype: Annotated[
-        Literal["auto", "int8", "fp8"],
-        _option("kv-cache-dtype", _MODEL, "Eight bits a number of the KV cache, or like --dtype."),
-    ] = "auto",
+    dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
     max_model_len: Annotated[
         int | None,
-        _option(
-            "max-model-len", _MODEL, "Longest context in tokens; by default the model's.", min=1
+        option("max-model-len", MODEL, "Longest context in tokens; by default the model's.", min=1),
+    ] = None,
+    prefill: Annotated[int, option("prefill", SUITE, "Prefill workers.", min=0)] = 1,
+    decode: Annotated[int, option("decode", SUITE, "Decode workers.", min=0)] = 1,
+    kvstore: Annotated[int, option("kvstore", SUITE, "Stores of the KV cache.", min=0)] = 1,
+    scheduler: Annotated[int, option("scheduler", SUITE, "Schedulers; one leads.", min=1)] = 1,
+    gateway: Annotated[
+        int, option("gateway", SUITE, "Gateways, on ports from --port up.", min=1)
+    ] = 1,
+    predictor: Annotated[int, option("predictor", SUITE, "Length predictors.", min=0)] = 1,
+    placer: Annotated[int, option("placer", SUITE, "Placers.", min=0)] = 1,
+    policy: Annotated[
+        str | None,
+        option(
+            "policy",
+            SUITE,
+            "Batching policy of the scheduler.",
+            autocompletion=completion.policies,
         ),
     ] = None,
-    prefill: Annotated[int, _option("prefill", _SUITE, "Prefill workers.", min=0)] = 1,
-    decode: Annotated[int, _option("decode", _SUITE, "Decode workers.", min=0)] = 1,
-    kvstore: Annotated[int, _option("kvstore", _SUITE, "Stores of the KV cache.", min=0)] = 1,
-    scheduler: Annotated[int, _option("scheduler", _SUITE, "Schedulers; one leads.", min=1)] = 1,
-    gateway: Annotated[
-        int, _option("gateway", _SUITE, "Gateways, on ports from --port up.", min=1)
-    ] = 1,
-    predictor: Annotated[int, _option("predictor", _SUITE, "Length predictors.", min=0)] = 1,
-    placer: Annotated[int, _option("placer", _SUITE, "Placers.", min=0)] = 1,
-    policy: Annotated[
-        str | None, _option("policy", _SUITE, "Batching policy of the scheduler.")
-    ] = None,
-    host: Annotated[str, _option("host", _SUITE, "Where gateways listen.")] = "127.0.0.1",
-    port: Annotated[int, _option("port", _SUITE, "Port of the gateway.", min=1, max=65535)] = 8000,
-    tp: Annotated[int, _option("tp", _MACHINE, "Devices a worker; only 1 for now.", min=1)] = 1,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], _option("device", _MACHINE, "Where the workers compute.")
-    ] = "auto",
+    host: Annotated[str, option("host", SUITE, "Where gateways listen.")] = "127.0.0.1",
+    port: Annotated[int, option("port", SUITE, "Port of the gateway.", min=1, max=65535)] = 8000,
+    tp: Annotated[int, option("tp", MACHINE, "Devices a worker; only 1 for now.", min=1)] = 1,
+    device: DeviceOption = "auto",
     memory_fraction: Annotated[
         float | None,
-        _option(
+        option(
             "memory-fraction",
-            _MACHINE,
+            MACHINE,
             "Share of each device's memory for all workers on it; by default 0.9 of a GPU, 0.5 of "
             "the host.",
             min=0.001,
@@ -119,14 +110,14 @@ def up(
         ),
     ] = None,
     transport: Annotated[
-        Literal["auto", "ucx", "tcp"], _option("transport", _MACHINE, "How KV travels.")
+        Literal["auto", "ucx", "tcp"], option("transport", MACHINE, "How KV travels.")
     ] = "auto",
-    json_logs: Annotated[bool, _option("json-logs", _COMMAND, "Log JSON.")] = False,
+    json_logs: Annotated[bool, option("json-logs", COMMAND, "Log JSON.")] = False,
     log_dir: Annotated[
-        Path | None, _option("log-dir", _COMMAND, "For the logs; by default under ~/.cache/banyan.")
+        Path | None, option("log-dir", COMMAND, "For the logs; by default under ~/.cache/banyan.")
     ] = None,
     ready_file: Annotated[
-        Path | None, _option("ready-file", _COMMAND, "Write a JSON here when ready.")
+        Path | None, option("ready-file", COMMAND, "Write a JSON here when ready.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -180,7 +171,11 @@ def chat(
     ] = 0.3,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", envvar="BANYAN_API_KEY", help="If the gateway asks for one."),
+        typer.Option(
+            "--api-key",
+            envvar="BANYAN_API_KEY",
+            help="If the gateway asks for one. The variable is seen by fewer eyes.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; needs -m.")] = False,
 ) -> None:
@@ -206,37 +201,63 @@ def chat(
 def status(
     url: UrlOption = None,
     watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C.")] = False,
+    nats_url: NatsUrlOption = None,
+    nats_user: NatsUserOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show every instance of the suite and its load."""
+    from cli.bus import find_bus
     from cli.status import run_status
 
-    raise typer.Exit(run_status(url, as_json=as_json, watch=watch, output=sys.stdout))
+    address = find_bus(url, nats_url=nats_url, user=nats_user)
+    raise typer.Exit(run_status(address, as_json=as_json, watch=watch, output=sys.stdout))
+
+
+@app.command()
+def drain(
+    instance: Annotated[
+        str,
+        typer.Argument(
+            help="As `banyan status` names it, or as much of that as is unique.",
+            autocompletion=completion.instances,
+        ),
+    ],
+    url: UrlOption = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Until it has ended.")] = False,
+    timeout_s: Annotated[
+        float | None,
+        typer.Option("--timeout-s", min=0.1, help="Wait no longer than this; needs --wait."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Even if nobody else can do its work.")
+    ] = False,
+    nats_url: NatsUrlOption = None,
+    nats_user: NatsUserOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Have an instance finish or hand over what it has, and end."""
+    from cli.bus import find_bus
+    from cli.drain import DrainRequest, run_drain
+
+    if timeout_s is not None and not wait:
+        raise typer.BadParameter("needs --wait", param_hint="--timeout-s")
+    address = find_bus(url, nats_url=nats_url, user=nats_user)
+    request = DrainRequest(
+        instance=instance, wait=wait, timeout_s=timeout_s, force=force, as_json=as_json
+    )
+    raise typer.Exit(run_drain(address, request, sys.stdout, sys.stderr))
 
 
 @app.command()
 def profile(
-    model: Annotated[
-        str | None,
-        _option("model", _MODEL, "Directory or Hugging Face id. By default the bundled one."),
-    ] = None,
-    dtype: Annotated[
-        Literal["auto", "bf16", "fp32"], _option("dtype", _MODEL, "Type of weights and KV.")
-    ] = "auto",
-    quantization: Annotated[
-        Literal["int8", "int4"] | None,
-        _option("quantization", _MODEL, "Weights of fewer bits; needs the extra 'quant'."),
-    ] = None,
-    kv_cache_dtype: Annotated[
-        Literal["auto", "int8", "fp8"],
-        _option("kv-cache-dtype", _MODEL, "Eight bits a number of the KV cache, or like --dtype."),
-    ] = "auto",
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], _option("device", _MACHINE, "Where to compute.")
-    ] = "auto",
+    model: ModelOption = None,
+    dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
+    device: DeviceOption = "auto",
     num_threads: Annotated[
         int | None,
-        _option("num-threads", _MACHINE, "Torch threads, as many as the worker has.", min=1),
+        option("num-threads", MACHINE, "Torch threads, as many as the worker has.", min=1),
     ] = None,
     budget_s: Annotated[
         float, typer.Option("--budget-s", min=1.0, help="Measure for so many seconds at most.")
@@ -267,18 +288,23 @@ def profile(
 
 def _default_url() -> str:
     """The gateway of the suite that runs here; where there is none, the usual address."""
+    from cli.errors import CommandFailed
     from cli.state import DEFAULT_PORT, find_suite
 
     suite = find_suite(None)
-    if suite is not None:
-        return suite.url
-    return f"http://127.0.0.1:{os.environ.get('BANYAN_PORT') or DEFAULT_PORT}"
+    if suite is None:
+        return f"http://127.0.0.1:{os.environ.get('BANYAN_PORT') or DEFAULT_PORT}"
+    if not suite.is_ready:
+        raise CommandFailed(
+            f"the suite at {suite.url} still starts: `banyan status --watch` shows how far it is"
+        )
+    return suite.url
 
 
 def main() -> NoReturn:
     """Run the command line; errors of ours are one line on stderr and exit code 1."""
     try:
-        app()
+        app(prog_name="banyan")
     except BanyanError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from cli.advice import Progress, progress_in
 from cli.plan import ProcessSpec
 from cli.supervision import Slot
 from shared.bus.server import EmbeddedNats
@@ -50,6 +51,10 @@ class Program(Protocol):
 
     def log_tail(self, num_lines: int) -> str:
         """The last lines that the latest run wrote."""
+        ...
+
+    def progress(self) -> Progress | None:
+        """How far the latest run is with loading; ``None`` if it does not say."""
         ...
 
 
@@ -95,6 +100,8 @@ class ServiceProgram:
         self._spec = spec
         self._connection = connection
         self._log_offset = 0
+        self._read_offset = 0
+        self._progress: Progress | None = None
 
     async def start(self) -> ServiceRun:
         """See ``Program``. Must be called from the main thread: it is whose death is watched."""
@@ -105,7 +112,8 @@ class ServiceProgram:
         for name in ("BANYAN_HEALTH_PORT", "BANYAN_HEALTH_PORT_FILE"):
             environ.pop(name, None)  # one port cannot be that of all
         with self.log_path.open("ab") as log:
-            self._log_offset = log.tell()
+            self._log_offset = self._read_offset = log.tell()
+            self._progress = None
             process = await asyncio.create_subprocess_exec(
                 *self._spec.command,
                 env=environ,
@@ -125,6 +133,18 @@ class ServiceProgram:
             log.seek(max(self._log_offset, size - _TAIL_BYTES))
             lines = log.read().decode(errors="replace").splitlines()
         return "\n".join(lines[-num_lines:])
+
+    def progress(self) -> Progress | None:
+        """See ``Program``. Reads what was logged since the last call."""
+        if not self.log_path.is_file():
+            return self._progress
+        with self.log_path.open("rb") as log:
+            log.seek(self._read_offset)
+            whole, newline, _ = log.read().rpartition(b"\n")
+        self._read_offset += len(whole) + len(newline)
+        for line in whole.decode(errors="replace").splitlines():
+            self._progress = progress_in(line) or self._progress
+        return self._progress
 
 
 class NatsRun:
@@ -196,6 +216,10 @@ class NatsProgram:
     def log_tail(self, num_lines: int) -> str:
         """See ``Program``."""
         return "\n".join(self._server.log_tail.splitlines()[-num_lines:])
+
+    def progress(self) -> Progress | None:
+        """See ``Program``: it has nothing to load."""
+        return None
 
 
 StartError = (BanyanError, OSError)

@@ -1,7 +1,7 @@
 """The suites that run on this machine, as files: ``~/.cache/banyan/current-<port>.json``.
 
-``banyan up`` writes one when it is ready and removes it at its end; the other commands read them to
-find the bus. A file has the password of the ``cli`` user, so only its owner may read it.
+``banyan up`` writes one as soon as its bus runs and removes it at its end; the other commands read
+them to find the bus. A file has the password of the ``cli`` user, so only its owner may read it.
 """
 
 import contextlib
@@ -14,15 +14,21 @@ import msgspec
 from cli.errors import CommandFailed
 
 DEFAULT_PORT = 8000
+_STARTTIME = 19
+"""Of the fields of ``/proc/<pid>/stat`` behind the name, counted from 0."""
 
 
 class SuiteState(msgspec.Struct, frozen=True, kw_only=True):
     """A running suite: its gateways, its bus as user ``nats_user``, its processes.
 
-    ``pid`` is that of ``banyan up``, ``pids`` those of the others by instance.
+    ``pid`` is that of ``banyan up``, ``pids`` those of the others by instance. ``pid_started``
+    tells that process from a later one with the same number. Until ``is_ready`` no gateway need
+    answer yet.
     """
 
     pid: int
+    pid_started: str = ""
+    is_ready: bool = True
     port: int
     url: str
     urls: tuple[str, ...]
@@ -40,23 +46,37 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "banyan"
 
 
+def data_dir() -> Path:
+    """Where Banyan keeps what the user would miss: ``$XDG_DATA_HOME/banyan``."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "banyan"
+
+
 def state_path(port: int) -> Path:
     """The file of the suite whose first gateway is at ``port``."""
     return cache_dir() / f"current-{port}.json"
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write ``path``, whole or not at all, readable by nobody else at any moment."""
+    """Write ``path``, whole or not at all, readable by nobody else at any moment.
+
+    Raises ``CommandFailed`` if that cannot be done.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part.unlink(missing_ok=True)
     try:
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(data)
-        part.replace(path)
-    finally:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.unlink(missing_ok=True)
+        try:
+            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "wb") as file:
+                file.write(data)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        is_ours = path.is_relative_to(cache_dir())
+        hint = ": let XDG_CACHE_HOME name a directory that can" if is_ours else ""
+        raise CommandFailed(f"{path} cannot be written ({error.strerror}){hint}") from error
 
 
 def write_state(state: SuiteState) -> Path:
@@ -79,7 +99,7 @@ def running_suites() -> list[SuiteState]:
     found = []
     for path in sorted(cache_dir().glob("current-*.json")):
         state = _read(path)
-        if state is not None and is_alive(state.pid):
+        if state is not None and _is_running(state):
             found.append(state)
         elif state is not None:
             with contextlib.suppress(OSError):
@@ -116,6 +136,24 @@ def is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def process_start(pid: int) -> str:
+    """When ``pid`` was started, in ticks since the boot that is named too; empty if not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # The command's name may hold anything but is closed by the last parenthesis.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return f"{boot}/{fields[_STARTTIME]}"
+
+
+def _is_running(state: SuiteState) -> bool:
+    """Whether the ``banyan up`` that wrote ``state`` lives, and not just one with its number."""
+    if not is_alive(state.pid):
+        return False
+    return state.pid_started in ("", process_start(state.pid))
 
 
 def _port_of(url: str) -> int | None:

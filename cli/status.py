@@ -2,230 +2,134 @@
 
 import asyncio
 import contextlib
-import logging
-import os
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TextIO
 
 import msgspec
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
+from cli.bus import BusAddress, connected
+from cli.census import Census, Report
 from cli.errors import CommandFailed
-from cli.state import SuiteState, find_suite
+from cli.status_view import SuiteView, as_data, as_renderable
 from shared.bus.nats import NatsBus
-from shared.errors import BusDisconnected
-from shared.messages import CODEC, subjects
+from shared.errors import BusError
+from shared.messages import subjects
 from shared.messages.base import Message
-from shared.messages.load import InstanceExited, ServiceReport, WorkerReport
+from shared.messages.load import WorkerReport
+from shared.messages.placement import GetPlacement, Placement
 
 LISTEN_S = 0.7
 """Longer than the period of any report."""
 REFRESH_S = 0.5
-SILENT_AFTER_S = 2.0
-CONNECT_TIMEOUT_S = 3.0
-
-Report = WorkerReport | ServiceReport
+PLACEMENT_TIMEOUT_S = 0.5
+PIPE_WIDTH = 300
 
 
-@dataclass(frozen=True, kw_only=True)
-class BusAddress:
-    """Where the bus is, and as whom to connect; ``url`` is the gateway's, if that is known."""
+def run_status(address: BusAddress, *, as_json: bool, watch: bool, output: TextIO) -> int:
+    """Listen and print; returns the exit code.
 
-    nats_url: str
-    user: str | None
-    password: str | None
-    url: str | None = None
-
-
-class Census:
-    """The latest report of every instance; those that fell silent or left are forgotten."""
-
-    def __init__(self, silent_after_s: float = SILENT_AFTER_S) -> None:
-        self._silent_after_s = silent_after_s
-        self._heard: dict[str, tuple[float, Report]] = {}
-
-    def hear(self, message: Message, now_s: float) -> None:
-        """Take in what came on ``load.*.*``."""
-        match message:
-            case WorkerReport() | ServiceReport():
-                self._heard[message.instance] = (now_s, message)
-            case InstanceExited():
-                self._heard.pop(message.instance, None)
-
-    def reports(self, now_s: float) -> list[Report]:
-        """By role and name."""
-        recent = [
-            report for at_s, report in self._heard.values() if now_s - at_s < self._silent_after_s
-        ]
-        return sorted(recent, key=lambda report: (report.role, report.instance))
-
-
-def leader_of(reports: list[Report]) -> str | None:
-    """The scheduler that leads; of two that both say so, the one with the later epoch."""
-    leaders = [
-        (report.gauges.get("leader_epoch", 0.0), report.instance)
-        for report in reports
-        if isinstance(report, ServiceReport) and report.gauges.get("is_leader")
-    ]
-    return max(leaders)[1] if leaders else None
-
-
-def find_bus(url: str | None) -> BusAddress:
-    """The bus of the environment (``BANYAN_NATS_URL`` …), else that of the suite running here.
-
-    Raises ``CommandFailed`` if there is neither.
+    Raises ``CommandFailed`` if nobody says anything; as JSON that is an empty list and exit code 1.
     """
-    nats_url = os.environ.get("BANYAN_NATS_URL")
-    if nats_url:
-        return BusAddress(
-            nats_url=nats_url,
-            user=os.environ.get("BANYAN_NATS_USER") or None,
-            password=os.environ.get("BANYAN_NATS_PASSWORD") or None,
-            url=url,
-        )
-    suite: SuiteState | None = find_suite(url)
-    if suite is None:
-        where = f" with a gateway at {url}" if url else ""
-        raise CommandFailed(
-            f"no suite runs here{where}: start one with `make up` (or `banyan up`), or name the "
-            "bus of another one in BANYAN_NATS_URL, BANYAN_NATS_USER and BANYAN_NATS_PASSWORD"
-        )
-    return BusAddress(
-        nats_url=suite.nats_url,
-        user=suite.nats_user,
-        password=suite.nats_password,
-        url=suite.url,
-    )
-
-
-def run_status(url: str | None, *, as_json: bool, watch: bool, output: TextIO) -> int:
-    """Listen and print; returns the exit code, 1 if nobody said anything."""
-    logging.getLogger("shared.bus").setLevel(logging.CRITICAL)  # the command itself says it
     with contextlib.suppress(KeyboardInterrupt):
-        return asyncio.run(_status(find_bus(url), as_json=as_json, watch=watch, output=output))
+        return asyncio.run(_status(address, as_json=as_json, watch=watch, output=output))
     return 0
 
 
 async def _status(address: BusAddress, *, as_json: bool, watch: bool, output: TextIO) -> int:
-    loop = asyncio.get_running_loop()
-    census = Census()
-
-    async def hear(message: Message, subject: str) -> None:
-        census.hear(message, loop.time())
-
-    async with _connected(address) as bus:
-        await bus.subscribe(subjects.all_load(), hear)
+    async with connected(address, "banyan status") as bus:
+        listener = Listener(bus, address)
+        await listener.start()
         await asyncio.sleep(LISTEN_S)
-        reports = census.reports(loop.time())
+        view = await listener.view()
         if not watch:
-            _print(address, reports, as_json=as_json, output=output)
-            return 0 if reports else 1
+            _print(view, as_json=as_json, output=output)
+            if not view.reports and not as_json:
+                raise CommandFailed(_why_nobody(address))
+            return 0 if view.reports else 1
         if as_json:
             while True:
-                _print(address, census.reports(loop.time()), as_json=True, output=output)
+                _print(await listener.view(), as_json=True, output=output)
                 await asyncio.sleep(REFRESH_S)
-        with Live(console=Console(file=output), auto_refresh=False, screen=False) as live:
+        console = Console(file=output)
+        with Live(console=console, auto_refresh=False, screen=False) as live:
             while True:
-                live.update(as_table(address, census.reports(loop.time())), refresh=True)
+                live.update(as_renderable(await listener.view(), _width(console)), refresh=True)
                 await asyncio.sleep(REFRESH_S)
 
 
-@contextlib.asynccontextmanager
-async def _connected(address: BusAddress) -> AsyncIterator[NatsBus]:
-    bus = NatsBus(
-        CODEC,
-        address.nats_url,
-        name="banyan status",
-        user=address.user,
-        password=address.password,
-        connect_timeout_s=CONNECT_TIMEOUT_S,
-    )
-    try:
-        await bus.connect()
-    except BusDisconnected as error:
-        raise CommandFailed(
-            f"the bus at {address.nats_url} does not answer: is the suite still running?"
-        ) from error
-    try:
-        yield bus
-    finally:
-        await bus.close(timeout_s=0.0)
+class Listener:
+    """Hears every report; asks the placer when other workers are there than before."""
 
+    def __init__(self, bus: NatsBus, address: BusAddress) -> None:
+        self._bus = bus
+        self._address = address
+        self._census = Census()
+        self._loop = asyncio.get_running_loop()
+        self._placements: dict[str, Placement] = {}
+        self._placed: frozenset[str] = frozenset()
 
-def _print(address: BusAddress, reports: list[Report], *, as_json: bool, output: TextIO) -> None:
-    if as_json:
-        output.write(msgspec.json.encode(as_data(address, reports)).decode() + "\n")
-        output.flush()
-    else:
-        Console(file=output).print(as_table(address, reports))
+    async def start(self) -> None:
+        """Begin to listen."""
+        await self._bus.subscribe(subjects.all_load(), self._hear)
 
-
-def as_data(address: BusAddress, reports: list[Report]) -> dict[str, Any]:
-    """The state of the suite for programs: the reports as they came, and who leads."""
-    return {
-        "url": address.url,
-        "nats_url": address.nats_url,
-        "leader": leader_of(reports),
-        "instances": [_plain(report) for report in reports],
-    }
-
-
-def _plain(report: Report) -> dict[str, Any]:
-    return {name: getattr(report, name) for name in report.__struct_fields__}
-
-
-def as_table(address: BusAddress, reports: list[Report]) -> Table:
-    """The state of the suite for people."""
-    leader = leader_of(reports)
-    title = f"{address.url or address.nats_url}   leader: {leader or 'none'}"
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 1, 0, 0),
-    )
-    for heading in ("role", "instance", "state"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("queue", "running", "KV", "tok/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("transport", "device"):
-        table.add_column(heading, no_wrap=True)
-    for report in reports:
-        table.add_row(*_row(report, leader))
-    return table
-
-
-def _row(report: Report, leader: str | None) -> list[str]:
-    state = report.state.value
-    if isinstance(report, ServiceReport):
-        if report.instance == leader:
-            state = "leads"
-        waiting = report.gauges.get("num_waiting")
-        running = report.gauges.get("num_live")
-        used_bytes, capacity_bytes = (
-            report.gauges.get(name) for name in ("used_bytes", "capacity_bytes")
+    async def view(self) -> SuiteView:
+        """What is known now."""
+        reports = self._census.reports(self._loop.time())
+        await self._ask_placer(reports)
+        return SuiteView(
+            address=self._address,
+            reports=reports,
+            placements=self._placements,
+            is_connected=self._bus.is_connected,
         )
-        used = used_bytes / capacity_bytes if used_bytes is not None and capacity_bytes else None
-        cells = [_number(waiting), _number(running), _share(used), ""]
-        return [report.role, report.instance, state, *cells, report.labels.get("transport", ""), ""]
-    used = 1.0 - report.num_free_blocks / report.num_blocks if report.num_blocks else None
-    cells = [
-        _number(report.num_waiting),
-        _number(report.num_running),
-        _share(used),
-        f"{report.tokens_per_s:.0f}",
-    ]
-    device = f"{report.device} {report.dtype}".strip()
-    return [report.role, report.instance, state, *cells, report.transport, device]
+
+    async def _hear(self, message: Message, subject: str) -> None:
+        self._census.hear(message, self._loop.time())
+
+    async def _ask_placer(self, reports: list[Report]) -> None:
+        workers = [report for report in reports if isinstance(report, WorkerReport)]
+        present = frozenset(worker.instance for worker in workers)
+        if present == self._placed:
+            return
+        try:
+            for model in sorted({worker.model for worker in workers}):
+                self._placements[model] = await self._bus.request(
+                    subjects.placement(),
+                    GetPlacement(model=model),
+                    Placement,
+                    timeout_s=PLACEMENT_TIMEOUT_S,
+                )
+        except BusError:  # without a placer every worker runs all layers
+            self._placements.clear()
+        else:
+            self._placed = present
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}"
+def _width(console: Console) -> int | None:
+    """Columns there is room for; a pipe or a file takes all."""
+    return console.width if console.is_terminal else None
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"
+def _print(view: SuiteView, *, as_json: bool, output: TextIO) -> None:
+    if as_json:
+        output.write(msgspec.json.encode(as_data(view)).decode() + "\n")
+        output.flush()
+        return
+    console = Console(file=output)
+    if not console.is_terminal:
+        console = Console(file=output, width=PIPE_WIDTH)
+    if view.reports:
+        console.print(as_renderable(view, _width(console)))
+
+
+def _why_nobody(address: BusAddress) -> str:
+    if address.log_dir is not None:
+        hint = f"the logs in {address.log_dir} say why"
+        if not address.is_ready:
+            hint = f"the suite still starts, and {hint} if it does not come"
+        return f"the bus at {address.nats_url} answers, but no service reports: {hint}"
+    return (
+        f"the bus at {address.nats_url} answers, but no service reports: see that the services run "
+        "with this address in BANYAN_NATS_URL"
+    )

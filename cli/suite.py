@@ -136,11 +136,11 @@ class Suite:
                 self._supervisor.became_ready(message.instance)
             self._news.set()
 
-    async def _announce_death(self, slot: Slot, instance: str) -> None:
+    async def _announce_death(self, slot: Slot, instance: str, exit_code: int) -> None:
         """Tell the others at once what they would only conclude from its silence."""
         if slot.role not in SERVICES or self._bus is None:
             return
-        message = InstanceExited(role=slot.role, instance=instance)
+        message = InstanceExited(role=slot.role, instance=instance, exit_code=exit_code)
         try:
             await self._bus.publish(subjects.load(slot.role, instance), message)
         except BusError as error:

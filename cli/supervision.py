@@ -7,13 +7,15 @@ them under an instance name of its own::
                   ▼                                   │
     started ─▶ STARTING ──▶ READY ──▶ crashed ──▶ RESTARTING
                   │           └─▶ exit 0, unasked ──▶ ENDED    (somebody drained it)
-                  └─▶ wrong settings, or too many crashes ──▶ FAILED
+                  └─▶ wrong settings, a model that is not served, or too many crashes ──▶ FAILED
     asked to stop, from any state ──▶ ENDED
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+
+from cli.advice import LoggedError
 
 STOP_ORDER: tuple[frozenset[str], ...] = (
     frozenset({"gateway"}),
@@ -107,10 +109,14 @@ class Supervision:
         self._states = {slot: _SlotState() for slot in slots}
         self._is_stopping = False
 
+    def is_starting(self, slot: Slot) -> bool:
+        """Whether the process in ``slot`` is not ready yet."""
+        return self._states[slot].phase is Phase.STARTING
+
     @property
     def is_ready(self) -> bool:
-        """Whether every slot has a process that is ready."""
-        return all(state.phase is Phase.READY for state in self._states.values())
+        """Whether every slot has a process that is ready, or none because it was drained."""
+        return all(state.phase in (Phase.READY, Phase.ENDED) for state in self._states.values())
 
     def phase(self, slot: Slot) -> Phase:
         """How the process in ``slot`` is."""
@@ -136,10 +142,15 @@ class Supervision:
                 return slot
         return None
 
-    def exited(self, slot: Slot, exit_code: int, now_s: float) -> Decision:
-        """The process in ``slot`` ended with ``exit_code`` (negative: the signal that ended it)."""
+    def exited(
+        self, slot: Slot, exit_code: int, now_s: float, error: LoggedError | None = None
+    ) -> Decision:
+        """The process in ``slot`` ended with ``exit_code`` (negative: the signal that ended it).
+
+        ``error`` is why, as far as its log says; it counts only before the slot was ever ready.
+        """
         state = self._states[slot]
-        decision = self._decide(state, exit_code, now_s)
+        decision = self._decide(state, exit_code, now_s, error)
         match decision:
             case Restart():
                 state.phase = Phase.RESTARTING
@@ -155,7 +166,9 @@ class Supervision:
         waves = (tuple(slot for slot in self._states if slot.role in roles) for roles in STOP_ORDER)
         return tuple(wave for wave in waves if wave)
 
-    def _decide(self, state: _SlotState, exit_code: int, now_s: float) -> Decision:
+    def _decide(
+        self, state: _SlotState, exit_code: int, now_s: float, error: LoggedError | None
+    ) -> Decision:
         policy = self._policy
         how = describe_exit(exit_code)
         if self._is_stopping:
@@ -169,6 +182,10 @@ class Supervision:
         if not state.was_ever_ready:
             if exit_code == WRONG_SETTINGS_EXIT_CODE:
                 return GiveUp(reason="wrong settings")
+            if error is not None:
+                how = f"{how}: {error}"
+                if error.is_hopeless:
+                    return GiveUp(reason=str(error))
             if state.num_crashes_in_row >= policy.max_crashes:
                 count = state.num_crashes_in_row
                 return GiveUp(reason=f"ended {count} times before it was ready, at last: {how}")

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cli.advice import LoggedError, Progress, advice_for, error_in
 from cli.programs import Program, Run, StartError
 from cli.supervision import GiveUp, Leave, Phase, Restart, RestartPolicy, Slot, Supervision
 from shared.clock import Clock, MonotonicClock
@@ -30,19 +31,24 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """The suite cannot work because of ``slot``."""
+    """The suite cannot work because of ``slot``.
+
+    ``log_tail`` is empty where ``reason`` says it all; ``advice`` is what may help, if that is
+    known.
+    """
 
     slot: Slot
     reason: str
     log_tail: str
+    advice: str | None = None
 
 
 class Supervisor:
     """Owns the processes of the suite, each in the care of a task of its own.
 
-    ``on_change`` is told of every change; ``on_death`` of every process that ended though nobody
-    had asked it to, before another is started in its place. Everything runs on one event loop, in
-    the main thread.
+    ``on_change`` is told of every change; ``on_death`` (slot, instance, exit code) of every process
+    that ended though this supervisor had not asked it to, before another is started in its place.
+    Everything runs on one event loop, in the main thread.
     """
 
     def __init__(
@@ -50,7 +56,7 @@ class Supervisor:
         programs: Sequence[Program],
         *,
         on_change: Callable[[Change], None],
-        on_death: Callable[[Slot, str], Awaitable[None]],
+        on_death: Callable[[Slot, str, int], Awaitable[None]],
         policy: RestartPolicy | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -76,6 +82,15 @@ class Supervisor:
     def pids(self) -> dict[str, int]:
         """The processes that run now, by instance."""
         return {run.instance: run.pid for run in self._runs.values()}
+
+    def progress(self) -> dict[Slot, Progress]:
+        """How far the processes are that still load something."""
+        found = {
+            slot: program.progress()
+            for slot, program in self._programs.items()
+            if self._supervision.is_starting(slot)
+        }
+        return {slot: progress for slot, progress in found.items() if progress is not None}
 
     def start(self) -> None:
         """Start a process in every slot."""
@@ -131,7 +146,8 @@ class Supervisor:
         while not self._stopping.is_set():
             run = await self._start(slot)
             exit_code = 1 if run is None else await self._wait(slot, run)
-            decision = self._supervision.exited(slot, exit_code, self._clock.now_s())
+            error = self._logged_error(slot) if run is not None and exit_code else None
+            decision = self._supervision.exited(slot, exit_code, self._clock.now_s(), error)
             instance = "" if run is None else run.instance
             detail = decision.reason
             if isinstance(decision, Restart):
@@ -143,10 +159,13 @@ class Supervisor:
                 case Restart():
                     await self._pause(decision.after_s)
                 case GiveUp():
-                    self._fail(slot, decision.reason)
+                    self._fail(slot, decision.reason, error, advice_for(error, exit_code))
                     return
                 case Leave():
                     return
+
+    def _logged_error(self, slot: Slot) -> LoggedError | None:
+        return error_in(self._programs[slot].log_tail(TAIL_LINES))
 
     async def _start(self, slot: Slot) -> Run | None:
         program = self._programs[slot]
@@ -170,7 +189,7 @@ class Supervisor:
         finally:
             del self._runs[slot]
         if not self._stopping.is_set():
-            await self._on_death(slot, run.instance)
+            await self._on_death(slot, run.instance, exit_code)
         return exit_code
 
     async def _pause(self, pause_s: float) -> None:
@@ -184,7 +203,15 @@ class Supervisor:
             log.critical("the task of %s died", slot, exc_info=error)
             self._fail(slot, repr(error))
 
-    def _fail(self, slot: Slot, reason: str) -> None:
+    def _fail(
+        self,
+        slot: Slot,
+        reason: str,
+        error: LoggedError | None = None,
+        advice: str | None = None,
+    ) -> None:
         if not self._failed.done():
-            log_tail = self._programs[slot].log_tail(TAIL_LINES)
-            self._failed.set_result(Failure(slot=slot, reason=reason, log_tail=log_tail))
+            log_tail = "" if error is not None else self._programs[slot].log_tail(TAIL_LINES)
+            self._failed.set_result(
+                Failure(slot=slot, reason=reason, log_tail=log_tail, advice=advice)
+            )

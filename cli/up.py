@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
+from cli.errors import CommandFailed
 from cli.host import check_ports, find_hardware
 from cli.plan import ProcessSpec, UpOptions, plan_suite
 from cli.state import (
@@ -23,6 +24,7 @@ from cli.state import (
     SuiteState,
     cache_dir,
     is_alive,
+    process_start,
     remove_state,
     state_path,
     write_private,
@@ -35,6 +37,9 @@ from shared import logging as structured_logging
 from shared.core.policies import POLICIES
 from shared.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
+PROGRESS_PERIOD_S = 0.25
 EXIT_FAILED = 1
 EXIT_KILLED = 130
 KEPT_RUNS = 5
@@ -96,7 +101,8 @@ class _Up:
         self._view = UpView(Console(stderr=True), is_quiet=request.as_json)
         self._asked = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._ready: tuple[ReadyInfo, SuiteState] | None = None
+        self._state: SuiteState | None = None
+        self._ready: ReadyInfo | None = None
         options = request.suite
         self._urls = tuple(_url(options.host, port) for port in options.gateway_ports())
 
@@ -126,9 +132,11 @@ class _Up:
         asked = asyncio.create_task(self._asked.wait())
         failed = asyncio.create_task(self._suite.until_failed())
         started = asyncio.create_task(self._start())
-        tasks: set[asyncio.Task[Any]] = {asked, failed, started}
+        watched = asyncio.create_task(self._watch_progress())
+        tasks: set[asyncio.Task[Any]] = {asked, failed, started, watched}
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({asked, failed, started}, return_when=asyncio.FIRST_COMPLETED)
+            watched.cancel()
             if started.done():
                 started.result()
                 self._now_ready()
@@ -143,18 +151,31 @@ class _Up:
 
     async def _start(self) -> None:
         await self._suite.start()
+        self._publish(self._started())
         await self._suite.until_ready()
+
+    async def _watch_progress(self) -> None:
+        """Follow the loading of the models; logs tell of no change, so they are looked at."""
+        while True:
+            self._view.progressed(self._suite.supervisor.progress())
+            await asyncio.sleep(PROGRESS_PERIOD_S)
 
     def _changed(self, change: Change) -> None:
         self._view.changed(change)
-        if self._ready is not None:
-            self._publish(*self._ready)
+        if self._state is not None:
+            try:
+                self._publish(self._state)
+            except CommandFailed as error:  # a full disk is no reason to stop serving
+                log.warning("%s", error)
 
-    def _now_ready(self) -> None:
+    def _started(self) -> SuiteState:
+        """The bus runs, so that other commands can see how far the rest is."""
         user, password = self._suite.cli_credentials
         options = self._request.suite
-        state = SuiteState(
+        return SuiteState(
             pid=os.getpid(),
+            pid_started=process_start(os.getpid()),
+            is_ready=False,
             port=options.port,
             url=self._urls[0],
             urls=self._urls,
@@ -165,7 +186,11 @@ class _Up:
             log_dir=str(self._run_dir),
             pids={},
         )
-        info = ReadyInfo(
+
+    def _now_ready(self) -> None:
+        assert self._state is not None  # it has started
+        state = msgspec.structs.replace(self._state, is_ready=True)
+        self._ready = ReadyInfo(
             url=state.url,
             urls=state.urls,
             model=state.model,
@@ -176,29 +201,29 @@ class _Up:
             state_file=str(state_path(state.port)),
             ready_after_s=round(self._view.elapsed_s, 3),
         )
-        self._ready = (info, state)
-        info = self._publish(info, state)
+        self._publish(state)
         self._view.running()
         if self._request.as_json:
-            sys.stdout.write(msgspec.json.encode(info).decode() + "\n")
+            sys.stdout.write(msgspec.json.encode(self._ready).decode() + "\n")
         else:
-            sys.stdout.write(_greeting(info, options.port))
+            sys.stdout.write(_greeting(self._ready, state.port))
         sys.stdout.flush()
 
-    def _publish(self, info: ReadyInfo, state: SuiteState) -> ReadyInfo:
+    def _publish(self, state: SuiteState) -> None:
         """Write the files again, with the processes of this moment."""
         pids = self._suite.supervisor.pids()
-        info = msgspec.structs.replace(info, pids=pids)
-        write_state(msgspec.structs.replace(state, pids=pids))
-        if self._request.ready_file is not None:
-            write_private(self._request.ready_file, msgspec.json.encode(info))
-        return info
+        self._state = msgspec.structs.replace(state, pids=pids)
+        write_state(self._state)
+        if self._ready is not None:
+            self._ready = msgspec.structs.replace(self._ready, pids=pids)
+            if self._request.ready_file is not None:
+                write_private(self._request.ready_file, msgspec.json.encode(self._ready))
 
     def _clean_up(self) -> None:
-        if self._ready is not None:
-            remove_state(self._ready[1])
-            if self._request.ready_file is not None:
-                self._request.ready_file.unlink(missing_ok=True)
+        if self._state is not None:
+            remove_state(self._state)
+        if self._ready is not None and self._request.ready_file is not None:
+            self._request.ready_file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
+from cli.advice import Progress
 from cli.supervision import Phase, Slot, describe_exit
 from cli.supervisor import Change, Failure
 
@@ -33,6 +34,7 @@ class UpView:
         self._is_quiet = is_quiet
         self._status: Status | None = None
         self._phases: dict[Slot, Phase] = {}
+        self._progress: Mapping[Slot, Progress] = {}
         self._title = "starting"
         self._is_running = False
         self._is_stopping = False
@@ -80,6 +82,12 @@ class UpView:
             self.say(f"{change.slot} {change.phase}")
         self._refresh()
 
+    def progressed(self, progress: Mapping[Slot, Progress]) -> None:
+        """Show how far those are that load something."""
+        if progress != self._progress:
+            self._progress = progress
+            self._refresh()
+
     def stopping(self) -> None:
         """Show that the suite drains."""
         self._title = "stopping, Ctrl-C again kills"
@@ -101,6 +109,8 @@ class UpView:
         self._print(f"[bold red]{failure.slot} does not start:[/] {reason}")
         if failure.log_tail:
             self._print(f"[dim]{escape(failure.log_tail)}[/]")
+        if failure.advice:
+            self._print(escape(failure.advice))
         self._print(f"the logs are in {escape(log_dir)}")
 
     def say(self, text: str) -> None:
@@ -116,15 +126,15 @@ class UpView:
             self._status.update(self._line())
 
     def _line(self) -> str:
-        return f"{self._title} {_summary(self._phases)}".rstrip()
+        return f"{self._title} {_summary(self._phases, self._progress)}".rstrip()
 
 
-def _summary(phases: Mapping[Slot, Phase]) -> str:
+def _summary(phases: Mapping[Slot, Phase], progress: Mapping[Slot, Progress]) -> str:
     parts = []
     for slot, phase in sorted(phases.items()):
         word = phase.value
-        if phase is Phase.STARTING and slot.role in ("prefill", "decode"):
-            word = "loading model"
+        if phase is Phase.STARTING and slot in progress:
+            word = f"{escape(progress[slot].what)} {progress[slot].fraction:.0%}"
         mark = "✓" if phase is Phase.READY else f" {word}"
         parts.append(f"[{_COLOURS[phase]}]{slot}{mark}[/]")
     return "  ".join(parts)

@@ -82,6 +82,10 @@ class ServiceSettings(BaseSettings):
     served_model_name: str = Field(min_length=1)
     """The name clients use; by default the model's directory name, or its Hub id."""
 
+    database_url: str | None = None
+    """``postgresql://user:password@host/name`` or ``sqlite:////file``, for the services that keep
+    something; without one it is ``banyan.db`` among the user's data (``shared.db.url``)."""
+
     log_level: LogLevel = "INFO"
     log_json: bool | None = None
     """JSON logs yes or no; unset means JSON unless stderr is a terminal."""

@@ -23,6 +23,8 @@
     │   ├── LeaseLost
     │   ├── shared.bus.jetstream: JetStreamError
     │   └── RemoteError           the other side answered with an error
+    ├── DatabaseError             the database does not answer, or not as it should
+    │   └── DatabaseRefused       it answers, and does not take these values
     ├── TransportError
     │   ├── TransferTimeout
     │   ├── PeerGone
@@ -128,6 +130,14 @@ class RemoteError(BusError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class DatabaseError(BanyanError):
+    """The database does not answer, or not as it should; it may do so later."""
+
+
+class DatabaseRefused(DatabaseError):
+    """The database answers, and does not take these values: a constraint, or their form."""
 
 
 class TransportError(BanyanError):

@@ -2,7 +2,7 @@
 
 Modules log through the standard library (``logging.getLogger(__name__)``); only ``shared.runtime``
 and the CLI call ``configure``. Fields bound with ``bind`` go into every record written inside the
-``with`` block, tasks started there included.
+``with`` block, tasks started there included. The secret of an API key is never written.
 """
 
 import json as json_codec
@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import TextIO
+
+from shared.api_key import without_secrets
 
 # The one piece of module state: a context variable is how a task inherits its request's fields.
 _bound: ContextVar[Mapping[str, object]] = ContextVar(
@@ -108,7 +110,8 @@ class JsonFormatter(logging.Formatter):
         if record.stack_info:
             fixed["stack"] = record.stack_info
         extra = {key: value for key, value in _extra_fields(record).items() if key not in fixed}
-        return json_codec.dumps({**fixed, **extra}, default=str, ensure_ascii=False)
+        line = json_codec.dumps({**fixed, **extra}, default=str, ensure_ascii=False)
+        return without_secrets(line)
 
 
 class TextFormatter(logging.Formatter):
@@ -130,4 +133,4 @@ class TextFormatter(logging.Formatter):
             line = f"{line}\n{self.formatException(record.exc_info)}"
         if record.stack_info:
             line = f"{line}\n{self.formatStack(record.stack_info)}"
-        return line
+        return without_secrets(line)

@@ -3,10 +3,14 @@
 import importlib.util
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
+
+DATA_DIR = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -17,9 +21,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # The user's database is not for tests: what opens one without naming it opens this.
+    config.stash[DATA_DIR] = os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="banyan-tests-")
     # Speed is not what a property test is about, and a busy machine would fail it.
     hypothesis.settings.register_profile("banyan", deadline=None)
     hypothesis.settings.load_profile("banyan")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave nothing behind."""
+    shutil.rmtree(config.stash[DATA_DIR], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

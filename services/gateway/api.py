@@ -1,11 +1,12 @@
 """The HTTP application of the gateway: everything between JSON and token ids."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI
 
 from services.gateway.errors import install_error_handlers
 from services.gateway.generation import Generator
+from services.gateway.identity import Authenticate, let_everybody_in
 from services.gateway.openapi import DocumentedApi
 from services.gateway.plan import Planner
 from services.gateway.request_id import RequestIdMiddleware
@@ -19,18 +20,13 @@ from shared.metrics import Metrics
 TITLE = "Banyan"
 
 
-async def let_everybody_in(_token: str | None) -> str:
-    """Authentication for a gateway without keys: everybody is the tenant without a name."""
-    return ""
-
-
 def create_app(
     *,
     generator: Generator,
     models: Mapping[str, ServedModel],
     health: Health,
     metrics: Metrics,
-    authenticate: Callable[[str | None], Awaitable[str]] = let_everybody_in,
+    authenticate: Authenticate = let_everybody_in,
     limits: EdgeLimits | None = None,
     random_seed: Callable[[], int] | None = None,
     clock: Clock | None = None,
@@ -38,8 +34,8 @@ def create_app(
     """The application, without any state of its own.
 
     ``models`` is looked up for each request by the name that clients use, and may change.
-    ``authenticate`` turns the bearer token into a tenant or raises ``AuthenticationFailed``; it
-    guards ``/v1/*``. ``random_seed`` gives the seed of calls without one. The caller runs it in a
+    ``authenticate`` says whose the bearer token is or raises ``AuthenticationFailed``; it guards
+    ``/v1/*``. ``random_seed`` gives the seed of calls without one. The caller runs it in a
     server, and owns everything it passes in.
     """
     app = DocumentedApi(

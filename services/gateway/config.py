@@ -1,6 +1,6 @@
 """Settings of the gateway (``BANYAN_GATEWAY_…``)."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -33,3 +33,17 @@ class GatewaySettings(ServiceSettings):
     """How long an accepted request outlives a suite without scheduler."""
     close_timeout_s: float = Field(default=30.0, gt=0)
     instance_ttl_s: float = Field(default=2.0, gt=0)
+
+    require_keys: Literal["auto", "always", "never"] = "auto"
+    """Whether requests need an API key; ``auto``: as soon as the database has one, for good."""
+    key_period_s: float = Field(default=0.5, gt=0)
+    """How often the database is asked whether keys were made or revoked."""
+
+    request_log: bool = True
+    """Whether requests that have ended are written to the database."""
+    request_log_max_pending: int = Field(default=10_000, gt=0)
+    """How many of them wait in memory while the database is away; what comes then is lost."""
+    request_log_retention_days: float = Field(default=30.0, ge=0, le=36_500)
+    """After how long they are deleted; 0 keeps them for ever."""
+    log_prompts: bool = False
+    """Whether the log has the text of the prompts."""

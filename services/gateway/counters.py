@@ -1,6 +1,8 @@
 """What the gateway counts."""
 
-from shared.core.lifecycle import RequestState
+from collections import Counter
+
+from shared.core.lifecycle import TERMINAL, RequestState
 from shared.metrics import LATENCY_BUCKETS_S, Metrics
 
 
@@ -26,9 +28,15 @@ class GatewayCounters:
         self._e2e = metrics.histogram(
             "gateway", "e2e", "seconds", "Accepted to the end", buckets=LATENCY_BUCKETS_S
         )
+        self._totals: Counter[RequestState] = Counter()
+
+    def totals(self) -> dict[str, float]:
+        """How many requests ended in each terminal state, for the report: ``total_finished`` …"""
+        return {f"total_{state.value}": float(self._totals[state]) for state in sorted(TERMINAL)}
 
     def ended(self, state: RequestState, e2e_s: float) -> None:
         """A request reached its terminal state."""
         self._ended.labels(state=state.value).inc()
+        self._totals[state] += 1
         if state is RequestState.FINISHED:
             self._e2e.observe(e2e_s)

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from services.gateway.generation import Unserved
+from shared.api_key import without_secrets
 from shared.errors import BanyanError, BusError, InvalidRequest, Refused, RequestFailed
 
 _logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ _CLIENT_CLOSED_REQUEST = 499
 
 
 class AuthenticationFailed(InvalidRequest):
-    """The API key is missing, unknown or revoked."""
+    """The API key is missing, wrong, expired or revoked."""
 
     status = 401
     code = "invalid_api_key"
@@ -73,8 +74,8 @@ class ApiError:
     headers: dict[str, str] = field(default_factory=dict)
 
     def body(self) -> bytes:
-        """The JSON of the error."""
-        return msgspec.json.encode(ErrorBody(error=self.detail))
+        """The JSON of the error; a key that was sent as something else is not repeated in it."""
+        return without_secrets(msgspec.json.encode(ErrorBody(error=self.detail)).decode()).encode()
 
     def response(self) -> Response:
         """The whole response."""

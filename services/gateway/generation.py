@@ -19,7 +19,8 @@ class GenerationRequest:
     ``request_id`` is the gateway's own and never reused; ``client_request_id`` is the caller's
     ``x-request-id`` if there was one, and may repeat. ``index`` is the choice's place in the
     response. ``group_id`` joins the choices of one prompt (``n > 1``) and is ``None`` for a lone
-    one. ``arrived_at_s`` is when the HTTP request came in, on the application's clock.
+    one. ``arrived_at_s`` is when the HTTP request came in, on the application's clock. ``api``
+    (``chat`` or ``completion``), ``is_stream`` and ``key_id`` say how it came, for the log.
     ``len(prompt_token_ids) + sampling.max_tokens`` fits the model's context.
     """
 
@@ -34,6 +35,9 @@ class GenerationRequest:
     group_id: str | None = None
     client_request_id: str | None = None
     arrived_at_s: float = 0.0
+    api: str = ""
+    is_stream: bool = False
+    key_id: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,9 @@ class DocumentedApi(FastAPI):
         """The OpenAPI document, made once."""
         if self.openapi_schema is None:
             document = super().openapi()
-            document.setdefault("components", {}).setdefault("schemas", {}).update(_schemas())
+            components = document.setdefault("components", {})
+            components.setdefault("schemas", {}).update(_schemas())
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return super().openapi()
 
 
@@ -37,6 +39,7 @@ def documented(request: str | None, response: str, event: str | None = None) -> 
         content["text/event-stream"] = {"schema": {"$ref": _REF + event}}
     extra: dict[str, Any] = {
         "responses": {"200": {"description": "Success", "content": content}},
+        "security": [{"key": []}, {}],  # whether a key is needed is not known here
     }
     if request is not None:
         extra["requestBody"] = {

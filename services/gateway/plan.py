@@ -39,6 +39,7 @@ class Caller:
     tenant: str
     headers: Mapping[str, str]
     arrived_at_s: float
+    key_id: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +157,9 @@ class Planner:
                         group_id=f"{caller.request_id}-p{number}" if num_choices > 1 else None,
                         client_request_id=caller.client_request_id,
                         arrived_at_s=caller.arrived_at_s,
+                        api="chat" if isinstance(body, ChatCompletionRequest) else "completion",
+                        is_stream=bool(body.stream),
+                        key_id=caller.key_id,
                     )
                 )
         options = body.stream_options

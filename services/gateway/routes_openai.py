@@ -1,7 +1,7 @@
 """``/v1/*``: the OpenAI API."""
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from services.gateway.body import BodyT, parse_body, read_body
 from services.gateway.generation import Generator
+from services.gateway.identity import Authenticate
 from services.gateway.openai_responses import ModelEntry, ModelList
 from services.gateway.openai_types import ChatCompletionRequest, CompletionRequest
 from services.gateway.openapi import documented, error_responses
@@ -25,9 +26,6 @@ from services.gateway.served_model import ServedModel
 from services.gateway.serving import CompletionRun, EventStream, whole_response
 from shared.clock import Clock
 from shared.errors import ModelNotFound
-
-Authenticate = Callable[[str | None], Awaitable[str]]
-"""From the bearer token, or ``None``, to the tenant; raises ``AuthenticationFailed``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,10 +56,12 @@ class Edge:
 
     async def caller(self, request: Request, arrived_at_s: float) -> Caller:
         """Who asks; raises ``AuthenticationFailed``."""
+        identity = await self.authenticate(_bearer_token(request))
         return Caller(
             request_id=request.state.request_id,
             client_request_id=request.state.client_request_id,
-            tenant=await self.authenticate(_bearer_token(request)),
+            tenant=identity.tenant,
+            key_id=identity.key_id,
             headers=request.headers,
             arrived_at_s=arrived_at_s,
         )

@@ -9,16 +9,18 @@ first the instances that should have it, then the leader.
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from enum import Enum, auto
 from typing import Any
 
 from services.gateway.config import GatewaySettings
 from services.gateway.counters import GatewayCounters
+from services.gateway.ended_request import EndedRequest
 from services.gateway.generation import GenerationRequest, TokenEvent, Unserved
 from services.gateway.leader_client import FIRST_RETRY_S, LAST_RETRY_S, LeaderClient
 from services.gateway.live_request import LiveRequest, Progress
 from services.gateway.token_stream import TokenStream
+from services.gateway.tracked import Tracked
 from shared.bus.base import Bus
 from shared.clock import Clock
 from shared.core.lifecycle import RequestEvent, RequestState
@@ -57,28 +59,24 @@ class Found(Enum):
     UNSURE = auto()
 
 
-class Tracked:
-    """A live request together with its consumer and the work under way for it."""
-
-    def __init__(self, live: LiveRequest, model: str) -> None:
-        self.live = live
-        self.model = model
-        self.stream: TokenStream
-        self.submission: asyncio.Task[None] | None = None
-        self.inquiry: asyncio.Task[None] | None = None
-
-
 class RequestTracker:
     """Implements ``Generator`` over the bus."""
 
     def __init__(
-        self, bus: Bus, settings: GatewaySettings, clock: Clock, counters: GatewayCounters
+        self,
+        bus: Bus,
+        settings: GatewaySettings,
+        clock: Clock,
+        counters: GatewayCounters,
+        on_end: Callable[[EndedRequest], None] = lambda _: None,
     ) -> None:
+        """``on_end`` is told of each request once, in its terminal state; it must not raise."""
         self._bus = bus
         self._settings = settings
         self._gateway = settings.instance
         self._clock = clock
         self._counters = counters
+        self._on_end = on_end
         self._leader = LeaderClient(bus, settings, clock)
         self._tracked: dict[str, Tracked] = {}
         self._acks: dict[str, list[RequestKey]] = defaultdict(list)
@@ -135,15 +133,17 @@ class RequestTracker:
             ),
             accepted_s=now_s,
         )
-        tracked = Tracked(live, request.model)
+        tracked = Tracked(live, request)
         tracked.stream = TokenStream(lambda reason: self._on_consumer_left(tracked, reason))
         self._tracked[request.request_id] = tracked
         self._is_idle.clear()
         try:
             await self._submit(tracked, give_up_s=self._settings.accept_timeout_s)
         except BaseException as error:
-            outcome = RequestEvent.FAIL if isinstance(error, Exception) else RequestEvent.CANCEL
-            self._end(tracked, outcome)
+            if isinstance(error, Exception):
+                self._end(tracked, RequestEvent.FAIL, error=error)
+            else:
+                self._end(tracked, RequestEvent.CANCEL)
             raise
         self._counters.accepted.inc()
         return tracked.stream
@@ -216,13 +216,22 @@ class RequestTracker:
                 await asyncio.sleep(refusal.retry_after_s)
 
     def _fail(self, tracked: Tracked, reason: str) -> None:
-        if self._end(tracked, RequestEvent.FAIL):
-            tracked.stream.fail(RequestFailed(reason))
+        error = RequestFailed(reason)
+        if self._end(tracked, RequestEvent.FAIL, error=error):
+            tracked.stream.fail(error)
 
     def _on_consumer_left(self, tracked: Tracked, finish_reason: FinishReason | None) -> None:
-        self._end(tracked, RequestEvent.FINISH if finish_reason else RequestEvent.CANCEL)
+        event = RequestEvent.FINISH if finish_reason else RequestEvent.CANCEL
+        self._end(tracked, event, finish_reason=finish_reason)
 
-    def _end(self, tracked: Tracked, event: RequestEvent) -> bool:
+    def _end(
+        self,
+        tracked: Tracked,
+        event: RequestEvent,
+        *,
+        finish_reason: FinishReason | None = None,
+        error: Exception | None = None,
+    ) -> bool:
         """Write the one terminal state, and have whatever is left of the request freed."""
         live = tracked.live
         if self._tracked.pop(live.request_id, None) is None:
@@ -237,12 +246,14 @@ class RequestTracker:
         for task in (tracked.submission, tracked.inquiry):
             if task is not None and task is not asyncio.current_task():
                 task.cancel()
-        self._counters.ended(live.state, self._clock.now_s() - live.accepted_s)
+        ended = tracked.ended(self._clock.now_s(), finish_reason, error)
+        self._counters.ended(ended.state, ended.e2e_s)
         for instance in live.instances:
             self._acks[instance].append(live.key)
         self._spawn(self._leader.close(tracked.model, live))
         if not self._tracked:
             self._is_idle.set()
+        self._on_end(ended)
         return True
 
     # What arrives
@@ -258,8 +269,8 @@ class RequestTracker:
             self._counters.stale.inc()
             return
         live = tracked.live
-        had_tokens = bool(live.output_token_ids)
-        progress = live.on_delta(delta, self._clock.now_s())
+        now_s = self._clock.now_s()
+        progress = live.on_delta(delta, now_s)
         if progress.is_stale:
             self._counters.stale.inc()
             return
@@ -268,8 +279,11 @@ class RequestTracker:
         if progress.error:
             self._on_attempt_failed(tracked, instance, progress.error)
             return
-        if progress.token_ids and not had_tokens:
-            self._counters.ttft.observe(self._clock.now_s() - live.accepted_s)
+        if progress.token_ids:
+            if tracked.first_token_s is None:
+                tracked.first_token_s = now_s
+                self._counters.ttft.observe(now_s - live.accepted_s)
+            tracked.last_token_s = now_s
         self._pass_on(tracked, progress)
         if progress.has_gap and tracked.inquiry is None:
             tracked.inquiry = self._spawn(
@@ -288,7 +302,7 @@ class RequestTracker:
                 )
             )
         if progress.finish_reason is not None:
-            self._end(tracked, RequestEvent.FINISH)
+            self._end(tracked, RequestEvent.FINISH, finish_reason=progress.finish_reason)
 
     def _on_attempt_failed(self, tracked: Tracked, instance: str, error: str) -> None:
         """A worker gave up on the attempt: another one may do better, but not for ever."""

@@ -1,6 +1,7 @@
 """Loads a transformers model and proves that our chain of its parts does what it does."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from shared.kvcache.sizing import device_memory_bytes
 
 # Their frequencies depend on the longest request of a batch beyond the original context.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+WEIGHTS_BAR = "Loading weights"
+"""What transformers calls the bar that counts weights as they are read."""
 
 
 def load_model(
@@ -59,7 +62,9 @@ def load_model(
     first = target if quantization is None else torch.device("cpu")
     _check_memory(path, first)
     on_progress("loading weights", 0.05)
-    model = _load(path, config, dtype, first)
+    loaded = 0.8 if quantization is None else 0.5
+    with _counted_weights(lambda share: on_progress("loading weights", loaded * share)):
+        model = _load(path, config, dtype, first)
     if quantization is not None:
         on_progress(f"quantising weights to {quantization}", 0.5)
         model = quantize(model, quantization, target, has_bf16_hardware=cpu_has_bf16())
@@ -140,6 +145,30 @@ def _check_memory(path: Path, device: torch.device) -> None:
     total = device_memory_bytes(device)
     if size > total:
         raise OutOfMemory(f"the weights in {path} are {size} bytes; {device} has {total}")
+
+
+@contextlib.contextmanager
+def _counted_weights(on_share: Callable[[float], None]) -> Iterator[None]:
+    """Have ``on_share`` told, at each tenth, what share 0..1 of the weights is loaded."""
+
+    def counted(bar: Any) -> Iterator[Any]:
+        tenth = 0
+        for number, item in enumerate(bar):
+            if number * 10 >= (tenth + 1) * len(bar):
+                tenth = number * 10 // len(bar)
+                on_share(tenth / 10)
+            yield item
+
+    def hook(make_bar: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if options.get("desc") == WEIGHTS_BAR and args and hasattr(args[0], "__len__"):
+            return counted(args[0])
+        return make_bar(*args, **options)
+
+    former = logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(former)
 
 
 def _load(

@@ -80,11 +80,13 @@ class InstanceExited(Message, frozen=True, kw_only=True):
 
     Publisher: the instance itself as it closes, or the supervisor that saw its process end.
     Subscribers: those of the reports, on ``load.<role>.<instance>``. Delivery: core, a hint.
-    Idempotency key: ``instance``.
+    Idempotency key: ``instance``. ``exit_code`` is known to a supervisor only; negative, it is the
+    signal that ended the process.
     """
 
     role: str
     instance: str
+    exit_code: int | None = None
 
 
 class Drain(Message, frozen=True, kw_only=True):

@@ -235,6 +235,20 @@ def test_banyan_status_lists_every_instance(suite: Suite) -> None:
     ]
 
 
+def test_banyan_status_shows_where_the_layers_and_the_kv_are(suite: Suite) -> None:
+    data = suite.status()
+    for worker in suite.workers():
+        assert worker["layers"] == [[0, worker["num_layers"]]]
+        assert worker["kv"]["capacity_bytes"] > 0
+        assert worker["kv"]["capacity_blocks"] == worker["num_blocks"]
+    (leader,) = data["leaders"]
+    assert leader["instance"] == data["leader"] and leader["epoch"] > 0
+    text = run_cli("status", "--url", suite.url).stdout
+    assert f"tiny-chat: {leader['instance']} leads, epoch {leader['epoch']}" in text
+    for report in data["instances"]:
+        assert report["instance"] in text
+
+
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "cli.main", *arguments],

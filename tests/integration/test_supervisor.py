@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from cli.advice import Progress
 from cli.plan import ProcessSpec
+from cli.programs import ServiceProgram
 from cli.suite import NATS_SLOT, Suite
 from cli.supervision import Phase, RestartPolicy, Slot
 from cli.supervisor import Change
@@ -210,7 +212,9 @@ async def test_a_killed_process_is_announced_at_once_and_replaced_by_another(
         await bus.subscribe(subjects.load("decode", former), hear)
         os.kill(suite.supervisor.pids()[former], signal.SIGKILL)
         async with asyncio.timeout(DEADLINE_S):
-            assert await heard.get() == InstanceExited(role="decode", instance=former)
+            assert await heard.get() == InstanceExited(
+                role="decode", instance=former, exit_code=-signal.SIGKILL
+            )
     await watched.until(lambda: len(watched.instances("decode", Phase.READY)) == 2)
     restarting = next(c for c in watched.changes if c.phase is Phase.RESTARTING)
     assert restarting.detail == "killed by signal 9, again in 0.2 s"
@@ -257,6 +261,24 @@ async def test_what_cannot_start_fails_the_suite_with_the_end_of_its_log(watched
     assert failure.log_tail == "no use at all"
     assert watched.diary.read_text() == "born decode\n" * 3
     assert (watched.directory / "decode-0.log").read_text() == "no use at all\n" * 3
+
+
+async def test_the_latest_word_about_loading_is_read_in_the_log(tmp_path: Path) -> None:
+    said = (
+        "import sys; print('09:00:00.000 INFO    d-0 x.y: loading weights fraction=' + sys.argv[1])"
+    )
+    both = f"{said}; print('09:00:01.000 INFO    d-0 x.y: half a line fraction=0.9', end='')"
+    spec = ProcessSpec(slot=Slot("decode", 0), command=(sys.executable, "-c", both, "0.05"))
+    program = ServiceProgram(spec, log_dir=tmp_path, connection=dict)
+    assert program.progress() is None
+    run = await program.start()
+    await run.wait()
+    assert program.progress() == Progress(what="loading weights", fraction=0.05)
+    assert program.progress() == Progress(what="loading weights", fraction=0.05)
+    silent = ProcessSpec(slot=Slot("decode", 0), command=(sys.executable, "-c", ""))
+    program = ServiceProgram(silent, log_dir=tmp_path, connection=dict)
+    await (await program.start()).wait()
+    assert program.progress() is None  # that was another process
 
 
 async def test_wrong_settings_fail_the_suite_at_once(

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import httpx
 import pytest
@@ -95,6 +96,13 @@ def error(status: int, message: str, **headers: str) -> httpx.Response:
         (error(400, "max_tokens is too large"), "HTTP 400: max_tokens is too large"),
         (error(429, "too busy", **{"retry-after": "3"}), "too busy .try again in 3 s"),
         (error(401, "no key"), "BANYAN_API_KEY"),
+        (error(503, "no scheduler leads"), "no scheduler leads .`banyan status`"),
+        (
+            httpx.Response(
+                400, json={"error": {"message": "long", "code": "context_length_exceeded"}}
+            ),
+            "long .*/new",
+        ),
         (httpx.Response(200, text="data: <html>\n\n"), "not the answer of a gateway"),
         (httpx.Response(502, text="Bad Gateway"), "not the answer of a gateway"),
         (stream(chunk("half a "), json.dumps({"error": {"message": "lost"}})), "lost .request r-1"),
@@ -123,6 +131,65 @@ def test_an_interrupted_answer_stays_in_the_conversation_as_far_as_it_came() -> 
         talk.ask("Count.", interrupt)
     talk.ask("On.", lambda text: None)
     assert gateway.bodies[1]["messages"][1] == {"role": "assistant", "content": "one two"}  # type: ignore[index]
+
+
+def test_a_question_that_was_interrupted_before_its_answer_began_is_forgotten() -> None:
+    def interrupt(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "tiny"}]})
+        bodies.append(json.loads(request.content))
+        if len(bodies) == 1:
+            raise KeyboardInterrupt
+        return stream("[DONE]")
+
+    bodies: list[dict[str, object]] = []
+    talk = conversation(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("First?", lambda text: None)
+    talk.ask("Second?", lambda text: None)
+    assert bodies[1]["messages"] == [{"role": "user", "content": "Second?"}]
+
+
+def test_a_new_conversation_keeps_the_system_message_only() -> None:
+    gateway = Gateway(stream(chunk("One."), "[DONE]"), stream("[DONE]"))
+    talk = conversation(gateway, ChatRequest(url=URL, system="Be brief."))
+    talk.ask("First?", lambda text: None)
+    talk.begin_anew()
+    talk.ask("Second?", lambda text: None)
+    assert gateway.bodies[1]["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Second?"},
+    ]
+
+
+def test_a_key_is_sent_and_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def gateway(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers.get("authorization", ""))
+        return error(401, "wrong key")
+
+    class Client(httpx.Client):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings, transport=httpx.MockTransport(gateway))
+
+    monkeypatch.setattr(httpx, "Client", Client)
+    request = ChatRequest(url=URL, message="?", api_key="sk-secret\n")
+    output, errors = io.StringIO(), io.StringIO()
+    with pytest.raises(CommandFailed) as failed:
+        run_chat(request, output, errors)
+    assert seen == ["Bearer sk-secret"]
+    assert "banyan keys create" in str(failed.value)
+    for text in (str(failed.value), output.getvalue(), errors.getvalue(), repr(request)):
+        assert "secret" not in text
+
+
+@pytest.mark.parametrize("key", ["two words", "schlüssel", "line\nbreak", "\x1b[31m"])
+def test_what_cannot_be_a_key_is_refused_unseen(key: str) -> None:
+    request = ChatRequest(url="http://127.0.0.1:1", message="?", api_key=key)
+    with pytest.raises(CommandFailed, match="BANYAN_API_KEY") as failed:
+        run_chat(request, io.StringIO(), io.StringIO())
+    assert key not in str(failed.value)
 
 
 @pytest.mark.parametrize("status", [200, 503])

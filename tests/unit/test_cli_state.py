@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from cli.errors import CommandFailed
 from cli.state import (
     SuiteState,
     find_suite,
+    process_start,
     remove_state,
     running_suites,
     state_path,
@@ -100,6 +102,33 @@ def test_a_suite_that_died_is_forgotten() -> None:
     path = write_state(suite(9000, pid=pid_of_the_dead()))
     assert running_suites() == []
     assert not path.exists()
+
+
+def test_a_later_process_with_the_number_of_a_suite_is_none() -> None:
+    started = process_start(os.getpid())
+    path = write_state(replace(suite(9000), pid_started=started))
+    assert len(running_suites()) == 1
+    write_state(replace(suite(9000), pid_started=f"{started}0"))
+    assert running_suites() == []
+    assert not path.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_two_processes_are_told_apart_by_their_start() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        assert process_start(other.pid) not in ("", process_start(os.getpid()))
+        assert process_start(other.pid) == process_start(other.pid)
+        other.communicate(b"\n")
+    assert process_start(other.pid) == ""
+
+
+def test_a_directory_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(CommandFailed, match=r"current-9000\.json.*XDG_CACHE_HOME"):
+        write_state(suite(9000))
 
 
 def test_a_file_that_is_no_state_is_left_alone() -> None:

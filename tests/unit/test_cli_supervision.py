@@ -2,6 +2,7 @@
 
 import pytest
 
+from cli.advice import LoggedError
 from cli.supervision import (
     GiveUp,
     Leave,
@@ -90,6 +91,37 @@ def test_wrong_settings_are_not_tried_twice() -> None:
     supervision = Supervision([DECODE])
     supervision.started(DECODE, "decode-0-a")
     assert supervision.exited(DECODE, 2, 0.0) == GiveUp(reason="wrong settings")
+
+
+def test_a_model_that_is_not_served_is_not_tried_twice() -> None:
+    supervision = Supervision([DECODE])
+    supervision.started(DECODE, "decode-0-a")
+    error = LoggedError(kind="UnsupportedModel", text="an encoder")
+    assert supervision.exited(DECODE, 1, 0.0, error) == GiveUp(reason="an encoder")
+
+
+def test_too_little_memory_may_be_enough_the_next_time() -> None:
+    supervision = Supervision([DECODE])
+    supervision.started(DECODE, "decode-0-a")
+    error = LoggedError(kind="OutOfMemory", text="9 bytes are needed, 8 are there")
+    decision = supervision.exited(DECODE, 1, 0.0, error)
+    assert decision == Restart(after_s=0.2, reason=f"exit code 1: {error}")
+
+
+def test_what_was_ready_once_is_restarted_whatever_it_says() -> None:
+    supervision = Supervision([DECODE])
+    ready(supervision, DECODE, 0.0)
+    error = LoggedError(kind="ConfigError", text="no GPU any more")
+    assert isinstance(supervision.exited(DECODE, 1, 1.0, error), Restart)
+
+
+def test_a_process_that_was_drained_during_the_start_is_not_waited_for() -> None:
+    supervision = Supervision([DECODE, GATEWAY])
+    ready(supervision, DECODE, 0.0)
+    supervision.exited(DECODE, 0, 1.0)
+    assert not supervision.is_ready
+    ready(supervision, GATEWAY, 2.0)
+    assert supervision.is_ready
 
 
 def test_what_was_drained_stays_away() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from services.gateway.errors import AuthenticationFailed
 from services.gateway.generation import GenerationRequest, Unserved
+from services.gateway.identity import Identity
 from shared.errors import BusTimeout, InvalidRequest, Refused, RequestFailed
 from shared.health import Health, Phase
 from shared.metrics import Metrics
@@ -115,10 +116,10 @@ async def test_a_repeated_request_id_names_two_requests() -> None:
 
 
 async def test_keys_are_checked_before_anything_else() -> None:
-    async def authenticate(token: str | None) -> str:
+    async def authenticate(token: str | None) -> Identity:
         if token != "secret":
             raise AuthenticationFailed("wrong API key", field=None)
-        return "acme"
+        return Identity(tenant="acme", key_id="0123456789ab")
 
     generator = answer()
     app = app_over(generator, authenticate=authenticate)
@@ -131,7 +132,8 @@ async def test_keys_are_checked_before_anything_else() -> None:
         good = {"authorization": "Bearer secret"}
         assert (await client.post(CHAT, json=HELLO, headers=good)).status_code == 200
         assert (await client.get("/health/live")).status_code == 200
-    assert [request.tenant for request in generator.requests] == ["acme"]
+    asked = [(request.tenant, request.key_id) for request in generator.requests]
+    assert asked == [("acme", "0123456789ab")]
 
 
 async def test_models_health_and_metrics() -> None:

@@ -1,0 +1,1 @@
+"""One module a revision; ``upgrade(op)`` is given Alembic's operations."""
