@@ -8,6 +8,8 @@ counted is in ``docs/benchmarks.md``.
 
 import argparse
 import gc
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,13 +19,20 @@ from bench.environment import environment
 from bench.machine import Measured, linear_shapes, measure_machine
 from bench.roofline import ModelSize, model_size, uniform_floor
 from bench.serving import Emit
-from bench.workload import OfflineRequest
+from bench.workload import OfflineRequest, Workload
 from shared.core.request import Request, SamplingParams
 from shared.engine.build import build_engine
 from shared.engine.config import DEVICES, EngineConfig
 from shared.engine.engine import Engine
 
-ENGINE_FLAGS = ("dtype", "device", "max_num_seqs", "max_num_batched_tokens", "block_size")
+ENGINE_FLAGS = (
+    "dtype",
+    "device",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "num_blocks",
+)
 """Arguments that go into ``EngineConfig`` where they are given."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -66,8 +75,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=DEVICES, default="auto")
     for name in ("--max-num-seqs", "--max-num-batched-tokens", "--block-size"):
         parser.add_argument(name, type=int, help="default: the engine's own")
+    parser.add_argument("--num-blocks", type=int, help="default: for twice the largest workload")
     parser.add_argument("--no-floor", action="store_true", help="do not measure the machine")
     return parser.parse_args(argv)
+
+
+def num_blocks_for(workloads: Sequence[Workload], block_size: int) -> int:
+    """Blocks for twice the requests of the largest workload, so that old ones are evicted."""
+    return 2 * max(
+        sum(-(-(shape.input_len + shape.output_len) // block_size) + 1 for shape in w.shapes)
+        for w in workloads
+    )
 
 
 def run_engine(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -78,7 +96,11 @@ def run_engine(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str,
     workloads = offline.workloads_of(args)
     settings = {key: getattr(args, key) for key in ENGINE_FLAGS}
     given = {key: value for key, value in settings.items() if value is not None}
-    engine = build_engine(EngineConfig(model_path=args.model, **given))
+    config = EngineConfig(model_path=args.model, **given)
+    if config.num_blocks is None:
+        config = replace(config, num_blocks=num_blocks_for(workloads, config.block_size))
+    engine = build_engine(config)
+    engine.pool.touch()  # a service has used all of its pool after a while
     serving = BanyanServing(engine)
     results = [offline.measure(serving, w, args, engine.spec.vocab_size) for w in workloads]
     is_cuda = engine.device.type == "cuda"

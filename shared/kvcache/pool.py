@@ -131,6 +131,14 @@ class KVPool:
         self._resize(self._attached, self.num_blocks + num_blocks)
         self.num_blocks += num_blocks
 
+    def touch(self) -> None:
+        """Have the system find memory for all blocks now instead of when each is first written.
+
+        What is in them is lost.
+        """
+        for layer in self._attached:
+            self.layers[layer].tensor.zero_()
+
     def give_back(self, num_blocks: int) -> None:
         """Return the memory of the ``num_blocks`` highest ids, in every attached layer."""
         if not 0 <= num_blocks < self.num_blocks:

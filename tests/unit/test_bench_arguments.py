@@ -32,6 +32,12 @@ def test_several_workloads_go_in_one_process() -> None:
     assert [workload.name for workload in offline.workloads_of(args)] == ["1x2x3", "mixed:4:10"]
 
 
+def test_the_pool_holds_the_largest_workload_twice() -> None:
+    workloads = [uniform(4, 10, 5), uniform(1, 30, 30)]
+    assert engine.num_blocks_for(workloads, block_size=16) == 2 * 4 * 2
+    assert engine.num_blocks_for(workloads[1:], block_size=16) == 2 * 5
+
+
 @pytest.mark.parametrize("flags", ["--batch x", "--workload 1x2", "--dtype int3"])
 def test_a_bad_argument_is_named(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

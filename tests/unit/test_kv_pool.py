@@ -65,6 +65,16 @@ def test_what_is_given_back_goes_to_the_system() -> None:
     assert full - _resident_bytes() > size // 2
 
 
+@ON_LINUX
+def test_touching_takes_the_memory_of_all_blocks() -> None:
+    layout = _pool().layout
+    pool = KVPool(layout, (32 << 20) // layout.block_bytes_all_layers, CPU)
+    before = _resident_bytes()
+    pool.touch()
+    assert _resident_bytes() - before > 0.9 * pool.allocated_bytes
+    assert not any(layer.tensor.any() for layer in pool.layers)
+
+
 def test_growing_and_giving_back_keep_what_is_in_the_other_blocks() -> None:
     pool = _pool(6, capacity_blocks=8)
     kept = [_blocks(pool, layer, range(4)) for layer in (0, 1)]
