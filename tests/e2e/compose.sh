@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The suite in containers, on the Docker engine of this host, without a GPU: builds all images,
-# brings the CPU variant up, and does to it what happens to a deployment. Takes about 15 minutes
+# brings the CPU variant up, and does to it what happens to a deployment. Takes 7 to 15 minutes
 # and 15 GB on two cores the first time.
 #
 #   tests/e2e/compose.sh

@@ -354,9 +354,7 @@ async def test_a_key_ends_by_itself(url: str, store: KeyStore) -> None:
         assert await running.status() == 401
 
 
-async def test_the_last_revocation_opens_no_gateway(
-    url: str, store: KeyStore
-) -> None:
+async def test_the_last_revocation_opens_no_gateway(url: str, store: KeyStore) -> None:
     key = await made(store)
     async with (
         gateway(url, key_period_s=0.05) as auto,
