@@ -12,7 +12,7 @@ import httpx
 from cli.errors import CommandFailed
 from cli.line_input import LineInput
 from cli.sse import event_data
-from cli.state import data_dir
+from shared.directories import data_dir
 
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 120.0

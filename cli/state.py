@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from cli.errors import CommandFailed
+from shared.directories import cache_dir
 
 DEFAULT_PORT = 8000
 _STARTTIME = 19
@@ -38,18 +39,6 @@ class SuiteState(msgspec.Struct, frozen=True, kw_only=True):
     nats_password: str
     log_dir: str
     pids: dict[str, int]
-
-
-def cache_dir() -> Path:
-    """Where Banyan keeps what it can do without: ``$XDG_CACHE_HOME/banyan``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "banyan"
-
-
-def data_dir() -> Path:
-    """Where Banyan keeps what the user would miss: ``$XDG_DATA_HOME/banyan``."""
-    base = os.environ.get("XDG_DATA_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "share") / "banyan"
 
 
 def state_path(port: int) -> Path:

@@ -22,7 +22,6 @@ from cli.plan import ProcessSpec, UpOptions, plan_suite
 from cli.state import (
     DEFAULT_PORT,
     SuiteState,
-    cache_dir,
     is_alive,
     process_start,
     remove_state,
@@ -35,6 +34,7 @@ from cli.supervisor import Change
 from cli.view import UpView
 from shared import logging as structured_logging
 from shared.core.policies import POLICIES
+from shared.directories import cache_dir
 from shared.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -1,11 +1,9 @@
 """Which database: ``BANYAN_DATABASE_URL``, or a file among the user's data."""
 
-import os
-from pathlib import Path
-
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from shared.directories import data_dir
 from shared.errors import ConfigError
 
 SETTING = "BANYAN_DATABASE_URL"
@@ -17,12 +15,6 @@ _DRIVERS = {
     "postgresql": "postgresql+asyncpg",
     "postgresql+asyncpg": "postgresql+asyncpg",
 }
-
-
-def data_dir() -> Path:
-    """Where Banyan keeps what must not be lost: ``$XDG_DATA_HOME/banyan``."""
-    base = os.environ.get("XDG_DATA_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "share") / "banyan"
 
 
 def database_url(text: str | None) -> URL:
